@@ -1,0 +1,3 @@
+//! Inwit: an inference server that watches its own activations while it generates, and acts on what it sees.
+
+pub mod error;
