@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import load_file
 from transformers import PreTrainedTokenizerFast
 
-from recipe import activations, checkpoints, gguf_files, sentencepiece_like, token_tests
+from recipe import activations, checkpoints, gguf_files, sentencepiece_like, smollm2, token_tests
 
 HERE = Path(__file__).resolve().parent
 
@@ -83,9 +83,7 @@ def main(wanted):
     for family in checkpoints.families():
         if not wanted or family.name in wanted:
             make_family(family)
-    if (not wanted or "smollm2" in wanted):
-        from recipe import smollm2
-
+    if not wanted or "smollm2" in wanted:
         smollm2.make(HERE / "smollm2", versions())
 
 
