@@ -179,6 +179,13 @@ def check_held_out(files, faults):
         held_out = [(f"{name}: {row['id']}", row) for row in files[name]]
         for (left, _), (right, _) in near_pairs(held_out, train):
             faults.append(f"held-out {left} is alike to training {right}")
+    # A wrapped row hides its request from the comparison above, so look for it word by word.
+    for name in ("dev_wrapped", "demo"):
+        for row in files[name]:
+            wrapped = f" {words_of(row['text'])} "
+            for identity, other in train:
+                if len(other["text"].split()) > 2 and f" {words_of(other['text'])} " in wrapped:
+                    faults.append(f"held-out {name}: {row['id']} contains training {identity}")
     demo = [("demo: " + row["id"], row) for row in files["demo"]]
     dev = [(f"{name}: {row['id']}", row) for name in DEV for row in files[name]]
     for (left, _), (right, _) in near_pairs(demo, dev):
@@ -196,7 +203,7 @@ def check_benchmarks(files, folder, faults):
     mine = [(f"{name}: {row['id']}", row) for name, rows in files.items() for row in rows]
     paths = sorted(folder.glob("*.jsonl"))
     if not paths:
-        faults.append(f"no *.jsonl in the folder given by --benchmarks")
+        faults.append("no *.jsonl in the folder given by --benchmarks")
     for path in paths:
         with path.open(encoding="utf-8") as lines:
             theirs = [(f"{path.name}: {number}", json.loads(line)) for number, line in enumerate(lines, 1)]
@@ -228,7 +235,11 @@ def near_pairs(lefts, rights):
 
 
 def tokens(text):
-    return frozenset(re.findall(r"[^\W_]+", text.lower().replace("'", "").replace("’", "")))
+    return frozenset(words_of(text).split())
+
+
+def words_of(text):
+    return " ".join(re.findall(r"[^\W_]+", text.lower().replace("'", "").replace("’", "")))
 
 
 def report_style(files):
