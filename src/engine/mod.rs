@@ -1,0 +1,4 @@
+//! Requests in, events out.
+
+pub mod release;
+pub mod sampler;
