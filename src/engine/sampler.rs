@@ -43,6 +43,10 @@ pub struct SamplingDraft {
 }
 
 /// How to sample, checked; only [`SamplingDraft::check`] makes one.
+#[expect(
+    clippy::manual_non_exhaustive,
+    reason = "the attribute would let the rest of this crate make one unchecked"
+)]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// At least 1; `None` is as many as fit the context.
@@ -501,21 +505,36 @@ struct Candidate {
 /// What temperature, top-k, top-p and min-p leave, in the order of the ids.
 fn candidates(sampling: &Sampling, logits: &[f32], max: f32) -> Vec<Candidate> {
     let per_temperature = 1.0 / f64::from(sampling.temperature);
-    let candidate = |rank: Rank| {
-        let logit = logits[rank.token() as usize];
-        let weight = weight((f64::from(logit) - f64::from(max)) * per_temperature);
-        (weight > 0).then_some(Candidate { rank, weight })
+    let max = f64::from(max);
+    // Top-p needs the weights of all; without it, those that min-p is about to drop are not worth an exponential.
+    let faintest = if sampling.top_p < 1.0 {
+        FAINTEST
+    } else {
+        FAINTEST.max(libm::log(f64::from(sampling.min_p)) - 1e-6)
     };
-    let mut kept: Vec<Candidate> = match sampling.top_k {
-        Some(k) if (k as usize) < logits.len() => best_ranks(logits, k as usize)
-            .into_iter()
-            .filter_map(candidate)
-            .collect(),
-        _ => (0..)
-            .zip(logits)
-            .filter_map(|(token, &logit)| candidate(Rank::new(token, logit)))
-            .collect(),
+    let candidate = |token: u32, logit: f32| {
+        let below = (f64::from(logit) - max) * per_temperature;
+        let weight = if below < faintest { 0 } else { weight(below) };
+        (weight > 0).then(|| Candidate {
+            rank: Rank::new(token, logit),
+            weight,
+        })
     };
+    let mut kept = Vec::new();
+    match sampling.top_k {
+        Some(k) if (k as usize) < logits.len() => {
+            let best = best_ranks(logits, k as usize).into_iter().map(Rank::token);
+            kept.extend(best.filter_map(|token| candidate(token, logits[token as usize])));
+        }
+        _ => {
+            kept.reserve_exact(logits.len());
+            kept.extend(
+                (0..)
+                    .zip(logits)
+                    .filter_map(|(token, &logit)| candidate(token, logit)),
+            );
+        }
+    }
     if sampling.top_p < 1.0 {
         keep_nucleus(&mut kept, f64::from(sampling.top_p));
     }
@@ -529,12 +548,11 @@ fn candidates(sampling: &Sampling, logits: &[f32], max: f32) -> Vec<Candidate> {
     kept
 }
 
+/// exp of less than this is less than half of the smallest weight.
+const FAINTEST: f64 = -28.5;
+
 /// The weight of a token whose logit, over the temperature, is `below` (zero or negative) the best one's.
 fn weight(below: f64) -> u64 {
-    // exp(-28.5) is less than half of the smallest weight.
-    if below < -28.5 {
-        return 0;
-    }
     (libm::exp(below) * BEST_WEIGHT as f64 + 0.5) as u64
 }
 
@@ -567,7 +585,7 @@ fn keep_nucleus(candidates: &mut Vec<Candidate>, top_p: f64) {
 
 /// The first candidate at which the running sum of the weights exceeds `random / 2^64` of their total.
 fn draw(candidates: &[Candidate], random: u64) -> u32 {
-    let mut left = (u128::from(random) * u128::from(total(candidates)) >> 64) as u64;
+    let mut left = ((u128::from(random) * u128::from(total(candidates))) >> 64) as u64;
     for candidate in candidates {
         if left < candidate.weight {
             return candidate.rank.token();
