@@ -382,7 +382,7 @@ fn highest(logits: &[f32]) -> Result<(u32, f32)> {
 
 /// The logits after the penalties.
 ///
-/// Repetition (Keskar et al. 2019, arXiv:1909.05858, eq. 2, with the sign handled as Hugging Face does) divides
+/// Repetition (Keskar et al. 2019, arXiv:1909.05858, section 4.1, with the sign handled as Hugging Face does) divides
 /// a positive logit and multiplies a negative one, over prompt and answer.
 /// Then `logit -= frequency * occurrences + presence`, over the answer only, as OpenAI defines it.
 fn penalise<'a>(sampling: &Sampling, history: &TokenHistory, logits: &'a [f32]) -> Cow<'a, [f32]> {
@@ -1043,6 +1043,37 @@ mod tests {
         assert_ne!(answer(0), answer(1));
     }
 
+    /// Tokens 0, 1, 2 … of ever lower rank.
+    fn weighted(weights: &[u64]) -> Vec<Candidate> {
+        (0..)
+            .zip(weights)
+            .map(|(token, &weight)| Candidate {
+                rank: Rank::new(token, 0.0),
+                weight,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn each_candidate_owns_its_share_of_the_random_numbers() {
+        let candidates = weighted(&[1, 2, 1]);
+        let quarter = 1u64 << 62;
+        for (number, token) in [(0, 0), (1, 1), (2, 1), (3, 2)] {
+            assert_eq!(draw(&candidates, number * quarter), token);
+            assert_eq!(draw(&candidates, number * quarter + (quarter - 1)), token);
+        }
+    }
+
+    #[test]
+    fn the_two_zeros_are_a_tie() {
+        let mut ranks = best_ranks(&[-0.0, 0.0, -0.0], 2);
+        ranks.sort_unstable();
+        assert_eq!(
+            ranks.into_iter().map(Rank::token).collect::<Vec<_>>(),
+            [0, 1]
+        );
+    }
+
     #[test]
     fn draws_follow_the_probabilities() {
         let logits = [2.0, 1.0, 0.5, 0.0, -0.5, -1.0, f32::NEG_INFINITY, 1.5];
@@ -1193,6 +1224,28 @@ mod tests {
                 .map(|candidate| candidate.rank.token())
                 .collect();
             prop_assert_eq!(kept, ranked_candidates(&sampling, &logits));
+        }
+
+        #[test]
+        fn the_nucleus_is_the_shortest_head_that_holds_enough(
+            mut weights in prop::collection::vec(1u64..6, 1..40),
+            sixteenths in 1u64..16,
+        ) {
+            weights.sort_unstable_by(|a, b| b.cmp(a));
+            let total: u64 = weights.iter().sum();
+            let mut sum = 0;
+            let shortest = weights
+                .iter()
+                .position(|weight| {
+                    sum += weight;
+                    16 * sum >= sixteenths * total
+                })
+                .unwrap();
+            let mut candidates = weighted(&weights);
+            candidates.reverse();
+            keep_nucleus(&mut candidates, sixteenths as f64 / 16.0);
+            candidates.sort_unstable_by_key(|candidate| candidate.rank);
+            prop_assert_eq!(candidates, weighted(&weights[..=shortest]));
         }
 
         #[test]
