@@ -1,5 +1,8 @@
 //! Inwit: an inference server that watches its own activations while it generates, and acts on what it sees.
 
 pub mod error;
+pub mod hooks;
 pub mod journal;
+pub mod model;
 pub mod policy;
+pub mod registry;
