@@ -278,7 +278,7 @@ impl Head {
         &self.weight[j * d_model..(j + 1) * d_model]
     }
 
-    fn apply(&self, hidden: &[f32]) -> Result<Vec<f32>, ScoreFailure> {
+    pub(crate) fn apply(&self, hidden: &[f32]) -> Result<Vec<f32>, ScoreFailure> {
         if hidden.len().checked_mul(self.out) != Some(self.weight.len()) {
             return Err(ScoreFailure::Shape);
         }
