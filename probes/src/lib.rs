@@ -27,6 +27,8 @@ pub mod metrics;
 pub mod probe;
 pub mod refusal_head;
 pub mod site;
+#[cfg(test)]
+mod testing;
 pub mod vector;
 
 pub use calibration::{Calibration, CalibrationKind, OperatingPoint};
