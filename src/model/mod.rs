@@ -1,0 +1,4 @@
+//! Weights to hidden states to logits. Knows nothing of requests.
+
+pub mod host;
+pub mod kernels;
