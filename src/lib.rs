@@ -8,4 +8,3 @@ pub mod journal;
 pub mod metrics;
 pub mod model;
 pub mod policy;
-pub mod rpc;
