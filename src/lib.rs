@@ -8,3 +8,4 @@ pub mod journal;
 pub mod metrics;
 pub mod model;
 pub mod policy;
+pub mod registry;
