@@ -52,7 +52,7 @@ impl Action {
         Self::Abort,
     ];
 
-    fn as_str(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Allow => "allow",
             Self::Flag => "flag",
@@ -93,7 +93,7 @@ pub enum Mode {
 impl Mode {
     pub const ALL: [Self; 3] = [Self::Off, Self::Shadow, Self::Enforce];
 
-    fn as_str(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Off => "off",
             Self::Shadow => "shadow",
