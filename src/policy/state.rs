@@ -926,6 +926,29 @@ mod tests {
     }
 
     #[test]
+    fn what_was_read_from_the_prompt_stands_when_its_last_token_comes_again() {
+        let rules = rule("r", "all = [\"harm\", \"writing\"]", "\"abort\"", 1);
+        check(
+            &rules,
+            &[
+                (Last(&[(HARM, YES)]), "allow 1"),
+                (Rewind, "allow 1"),
+                (Last(&[(HARM, NO)]), "allow 1"),
+                (Generated(1, &[(WRITING, YES)]), "abort 0 r ."),
+            ],
+        );
+        check(
+            &product(),
+            &[
+                (Last(&[(HARM, YES), (COMPLIES, YES)]), "allow 3"),
+                (Generated(1, &[]), "allow 3"),
+                (Rewind, "allow 3"),
+                (End(0), "refusal_head 0 r ."),
+            ],
+        );
+    }
+
+    #[test]
     fn evidence_is_what_the_rule_read() {
         let policy = policy(&product());
         let mut state = PolicyState::new(&policy);
