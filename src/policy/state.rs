@@ -77,6 +77,8 @@ struct DetectorState {
     is_final: bool,
     /// Of a `generated(k)` detector: the newest token up to `k`, 0 being the last prompt token.
     newest: Option<Newest>,
+    /// Of the same, the last prompt token: where a rewind goes back to.
+    at_prompt: Option<Newest>,
     failure: Option<Failure>,
 }
 
@@ -238,10 +240,11 @@ impl PolicyState {
                 Positions::EveryGenerated => false,
             };
             if let (false, Some(state)) = (keeps, self.detectors.get_mut(index)) {
-                let prompt = state.newest.filter(|newest| newest.k == 0);
+                let at_prompt = state.at_prompt;
                 *state = DetectorState::new(detector);
                 // The last prompt token is fed again; until then its old output stands.
-                state.newest = prompt;
+                state.at_prompt = at_prompt;
+                state.newest = at_prompt;
             }
         }
     }
@@ -430,6 +433,7 @@ impl DetectorState {
             position: None,
             is_final: false,
             newest: None,
+            at_prompt: None,
             failure: None,
         }
     }
@@ -451,6 +455,9 @@ impl DetectorState {
             position,
             output,
         });
+        if k == 0 {
+            self.at_prompt = self.newest;
+        }
     }
 
     fn read_newest(&mut self, tokens: u32) {
