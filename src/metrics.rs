@@ -217,16 +217,31 @@ fn describe() {
     describe_counter!(VERDICTS, "Rules that fired, by action and mode.");
     describe_counter!(RETRACTS, "Withdrawals of released text.");
     describe_counter!(OUT_OF_DOMAIN, "Requests that no probe was trained on.");
-    describe_counter!(MONITOR_FAILED, "Probes that failed under an enforcing rule.");
-    describe_counter!(MONITOR_SKIPPED, "Probes that failed and let the request go on.");
+    describe_counter!(
+        MONITOR_FAILED,
+        "Probes that failed under an enforcing rule."
+    );
+    describe_counter!(
+        MONITOR_SKIPPED,
+        "Probes that failed and let the request go on."
+    );
     describe_counter!(CACHE_HITS, "Prompt tokens found in the prefix cache.");
     describe_counter!(CACHE_MISSES, "Prompt tokens not found in the prefix cache.");
-    describe_counter!(CACHE_UNSCORED, "Missed because a probe's scores were not there.");
+    describe_counter!(
+        CACHE_UNSCORED,
+        "Missed because a probe's scores were not there."
+    );
     describe_gauge!(KV_USED, "KV blocks in use, cached prefixes included.");
     describe_gauge!(KV_TOTAL, "KV blocks there are.");
     describe_gauge!(KV_USAGE, "Share of KV blocks in use.");
-    describe_gauge!(POLICY_REVISION, "1 for the policy that judges, by its hash.");
-    describe_gauge!(POLICY_EMPTY, "1 when the policy has no rule: nothing is monitored.");
+    describe_gauge!(
+        POLICY_REVISION,
+        "1 for the policy that judges, by its hash."
+    );
+    describe_gauge!(
+        POLICY_EMPTY,
+        "1 when the policy has no rule: nothing is monitored."
+    );
     describe_gauge!(BUILD, "1, by version.");
 }
 
@@ -237,7 +252,11 @@ mod tests {
     #[test]
     fn what_happened_is_in_the_text_that_prometheus_reads() {
         let handle = install().expect("installs");
-        request_finished("/inwit.v1.GenerationService/Score", "OK", Duration::from_millis(20));
+        request_finished(
+            "/inwit.v1.GenerationService/Score",
+            "OK",
+            Duration::from_millis(20),
+        );
         step_finished(Phase::Decode, 16, Duration::from_millis(3));
         prefix_cache_looked_up(64, 7, 0);
         monitor_skipped("prompt_harm", "nan");

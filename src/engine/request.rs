@@ -43,7 +43,9 @@ pub struct Prompt {
 pub enum Work {
     Generate,
     /// Prefill only; `answer` are the tokens of a finished answer, scored as generated ones.
-    Score { answer: Vec<u32> },
+    Score {
+        answer: Vec<u32>,
+    },
 }
 
 /// What the monitor does for this request. The snapshot is pinned here, at admission.
