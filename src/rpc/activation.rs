@@ -41,7 +41,11 @@ impl ActivationService for Activation {
         request: Request<CaptureActivationsRequest>,
     ) -> Result<Response<Self::CaptureActivationsStream>, Status> {
         let (metadata, _, request) = request.into_parts();
-        let call = Call::begin(&metadata, convert::request_id(&request.input), self.0.deadlines)?;
+        let call = Call::begin(
+            &metadata,
+            convert::request_id(&request.input),
+            self.0.deadlines,
+        )?;
         let stream = async {
             let (draft, shipping) = convert::capture(request)?;
             let prepared = self.0.prepare(&call, draft).await?;
@@ -50,10 +54,12 @@ impl ActivationService for Activation {
             let terms = Terms::new(&call, &prepared.monitor);
             let running = self.0.submit(&call, prepared)?;
             let items = move |event| items(&terms, &mut budget, event);
-            Ok(running.into_stream(items, |event_number, event| CaptureActivationsResponse {
-                event_number,
-                event: Some(event),
-            }))
+            Ok(
+                running.into_stream(items, |event_number, event| CaptureActivationsResponse {
+                    event_number,
+                    event: Some(event),
+                }),
+            )
         };
         call.answer(stream.await)
     }
