@@ -43,6 +43,10 @@ pub struct SamplingDraft {
 }
 
 /// How to sample, checked; only [`SamplingDraft::check`] makes one.
+#[expect(
+    clippy::manual_non_exhaustive,
+    reason = "the attribute would let the rest of this crate make one unchecked"
+)]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// At least 1; `None` is as many as fit the context.
@@ -378,7 +382,7 @@ fn highest(logits: &[f32]) -> Result<(u32, f32)> {
 
 /// The logits after the penalties.
 ///
-/// Repetition (Keskar et al. 2019, arXiv:1909.05858, eq. 2, with the sign handled as Hugging Face does) divides
+/// Repetition (Keskar et al. 2019, arXiv:1909.05858, section 4.1, with the sign handled as Hugging Face does) divides
 /// a positive logit and multiplies a negative one, over prompt and answer.
 /// Then `logit -= frequency * occurrences + presence`, over the answer only, as OpenAI defines it.
 fn penalise<'a>(sampling: &Sampling, history: &TokenHistory, logits: &'a [f32]) -> Cow<'a, [f32]> {
@@ -501,21 +505,36 @@ struct Candidate {
 /// What temperature, top-k, top-p and min-p leave, in the order of the ids.
 fn candidates(sampling: &Sampling, logits: &[f32], max: f32) -> Vec<Candidate> {
     let per_temperature = 1.0 / f64::from(sampling.temperature);
-    let candidate = |rank: Rank| {
-        let logit = logits[rank.token() as usize];
-        let weight = weight((f64::from(logit) - f64::from(max)) * per_temperature);
-        (weight > 0).then_some(Candidate { rank, weight })
+    let max = f64::from(max);
+    // Top-p needs the weights of all; without it, those that min-p is about to drop are not worth an exponential.
+    let faintest = if sampling.top_p < 1.0 {
+        FAINTEST
+    } else {
+        FAINTEST.max(libm::log(f64::from(sampling.min_p)) - 1e-6)
     };
-    let mut kept: Vec<Candidate> = match sampling.top_k {
-        Some(k) if (k as usize) < logits.len() => best_ranks(logits, k as usize)
-            .into_iter()
-            .filter_map(candidate)
-            .collect(),
-        _ => (0..)
-            .zip(logits)
-            .filter_map(|(token, &logit)| candidate(Rank::new(token, logit)))
-            .collect(),
+    let candidate = |token: u32, logit: f32| {
+        let below = (f64::from(logit) - max) * per_temperature;
+        let weight = if below < faintest { 0 } else { weight(below) };
+        (weight > 0).then(|| Candidate {
+            rank: Rank::new(token, logit),
+            weight,
+        })
     };
+    let mut kept = Vec::new();
+    match sampling.top_k {
+        Some(k) if (k as usize) < logits.len() => {
+            let best = best_ranks(logits, k as usize).into_iter().map(Rank::token);
+            kept.extend(best.filter_map(|token| candidate(token, logits[token as usize])));
+        }
+        _ => {
+            kept.reserve_exact(logits.len());
+            kept.extend(
+                (0..)
+                    .zip(logits)
+                    .filter_map(|(token, &logit)| candidate(token, logit)),
+            );
+        }
+    }
     if sampling.top_p < 1.0 {
         keep_nucleus(&mut kept, f64::from(sampling.top_p));
     }
@@ -529,12 +548,11 @@ fn candidates(sampling: &Sampling, logits: &[f32], max: f32) -> Vec<Candidate> {
     kept
 }
 
+/// exp of less than this is less than half of the smallest weight.
+const FAINTEST: f64 = -28.5;
+
 /// The weight of a token whose logit, over the temperature, is `below` (zero or negative) the best one's.
 fn weight(below: f64) -> u64 {
-    // exp(-28.5) is less than half of the smallest weight.
-    if below < -28.5 {
-        return 0;
-    }
     (libm::exp(below) * BEST_WEIGHT as f64 + 0.5) as u64
 }
 
@@ -567,7 +585,7 @@ fn keep_nucleus(candidates: &mut Vec<Candidate>, top_p: f64) {
 
 /// The first candidate at which the running sum of the weights exceeds `random / 2^64` of their total.
 fn draw(candidates: &[Candidate], random: u64) -> u32 {
-    let mut left = (u128::from(random) * u128::from(total(candidates)) >> 64) as u64;
+    let mut left = ((u128::from(random) * u128::from(total(candidates))) >> 64) as u64;
     for candidate in candidates {
         if left < candidate.weight {
             return candidate.rank.token();
@@ -1025,6 +1043,37 @@ mod tests {
         assert_ne!(answer(0), answer(1));
     }
 
+    /// Tokens 0, 1, 2 … of ever lower rank.
+    fn weighted(weights: &[u64]) -> Vec<Candidate> {
+        (0..)
+            .zip(weights)
+            .map(|(token, &weight)| Candidate {
+                rank: Rank::new(token, 0.0),
+                weight,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn each_candidate_owns_its_share_of_the_random_numbers() {
+        let candidates = weighted(&[1, 2, 1]);
+        let quarter = 1u64 << 62;
+        for (number, token) in [(0, 0), (1, 1), (2, 1), (3, 2)] {
+            assert_eq!(draw(&candidates, number * quarter), token);
+            assert_eq!(draw(&candidates, number * quarter + (quarter - 1)), token);
+        }
+    }
+
+    #[test]
+    fn the_two_zeros_are_a_tie() {
+        let mut ranks = best_ranks(&[-0.0, 0.0, -0.0], 2);
+        ranks.sort_unstable();
+        assert_eq!(
+            ranks.into_iter().map(Rank::token).collect::<Vec<_>>(),
+            [0, 1]
+        );
+    }
+
     #[test]
     fn draws_follow_the_probabilities() {
         let logits = [2.0, 1.0, 0.5, 0.0, -0.5, -1.0, f32::NEG_INFINITY, 1.5];
@@ -1175,6 +1224,28 @@ mod tests {
                 .map(|candidate| candidate.rank.token())
                 .collect();
             prop_assert_eq!(kept, ranked_candidates(&sampling, &logits));
+        }
+
+        #[test]
+        fn the_nucleus_is_the_shortest_head_that_holds_enough(
+            mut weights in prop::collection::vec(1u64..6, 1..40),
+            sixteenths in 1u64..16,
+        ) {
+            weights.sort_unstable_by(|a, b| b.cmp(a));
+            let total: u64 = weights.iter().sum();
+            let mut sum = 0;
+            let shortest = weights
+                .iter()
+                .position(|weight| {
+                    sum += weight;
+                    16 * sum >= sixteenths * total
+                })
+                .unwrap();
+            let mut candidates = weighted(&weights);
+            candidates.reverse();
+            keep_nucleus(&mut candidates, sixteenths as f64 / 16.0);
+            candidates.sort_unstable_by_key(|candidate| candidate.rank);
+            prop_assert_eq!(candidates, weighted(&weights[..=shortest]));
         }
 
         #[test]
