@@ -213,6 +213,7 @@ fn known_rows(request: &Prepared) -> usize {
         Some(PositionSelection::LastPromptToken) => 1,
         Some(PositionSelection::AllPrompt) => prompt,
         Some(PositionSelection::Generated) => answer,
+        Some(PositionSelection::FromLastPromptToken) => answer.saturating_add(1),
         Some(PositionSelection::All) => prompt.saturating_add(answer),
     }
 }

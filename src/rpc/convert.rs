@@ -285,6 +285,9 @@ fn positions(field: &str, number: i32) -> Result<Option<PositionSelection>> {
         Ok(proto::PositionSelection::AllPrompt) => Ok(Some(PositionSelection::AllPrompt)),
         Ok(proto::PositionSelection::Generated) => Ok(Some(PositionSelection::Generated)),
         Ok(proto::PositionSelection::All) => Ok(Some(PositionSelection::All)),
+        Ok(proto::PositionSelection::FromLastPromptToken) => {
+            Ok(Some(PositionSelection::FromLastPromptToken))
+        }
         Err(_) => Err(unknown_number(field, number)),
     }
 }
