@@ -21,12 +21,13 @@ const PREFIX: &str = "INWIT_";
 const OTHER_VARIABLES: [&str; 3] = ["INWIT_CONFIG", "INWIT_CACHE", "INWIT_LOG"];
 const TEST_PREFIX: &str = "INWIT_TEST_";
 
-const DEFAULTS: [(&str, &str); 20] = [
+const DEFAULTS: [(&str, &str); 21] = [
     ("model", "smollm2-135m-instruct"),
     ("listen", "127.0.0.1:50051"),
     ("http_listen", "127.0.0.1:9464"),
     ("mode", "shadow"),
     ("policy", "auto"),
+    ("overrides", "refuse"),
     ("library", "shipped"),
     ("weights", "auto"),
     ("kv", "f32"),
@@ -94,6 +95,11 @@ pub struct Flags {
     /// Name of a policy of the library, a .toml file, `off` for the empty one, or `auto` [default: auto]
     #[arg(long, value_name = "POLICY")]
     pub policy: Option<String>,
+
+    /// What to do with a request that asks for another policy or a weaker mode while the server
+    /// enforces: `refuse` or `allow` [default: refuse]
+    #[arg(long, value_name = "WHAT")]
+    pub overrides: Option<String>,
 
     /// Folder with probes, vectors, refusal heads and policies, or `shipped` [default: shipped]
     #[arg(long, value_name = "FOLDER")]
@@ -165,6 +171,7 @@ pub struct Config {
     pub http_listen: Option<SocketAddr>,
     pub mode: Mode,
     pub policy: PolicyChoice,
+    pub overrides: Overrides,
     /// `None` is the shipped one.
     pub library: Option<PathBuf>,
     pub weights: Weights,
@@ -215,6 +222,10 @@ macro_rules! choice {
 choice!(
     /// What to do with verdicts.
     Mode { Off = "off", Shadow = "shadow", Enforce = "enforce" }
+);
+choice!(
+    /// What to do with a request that asks for another policy or a weaker mode while the server enforces.
+    Overrides { Refuse = "refuse", Allow = "allow" }
 );
 choice!(
     /// How to hold the weights.
@@ -290,6 +301,7 @@ impl Config {
             ),
             ("mode", self.mode.to_string()),
             ("policy", self.policy.to_string()),
+            ("overrides", self.overrides.to_string()),
             (
                 "library",
                 self.library
@@ -447,6 +459,7 @@ impl Layers {
             http_listen: self.read("http_listen", unless("off", address))?,
             mode: self.read("mode", str::parse)?,
             policy: self.read("policy", str::parse)?,
+            overrides: self.read("overrides", str::parse)?,
             library: self.read("library", unless("shipped", path))?,
             weights: self.read("weights", str::parse)?,
             kv: self.read("kv", str::parse)?,
@@ -750,6 +763,7 @@ mod tests {
             ("http_listen", "yes"),
             ("mode", "Enforce"),
             ("policy", ""),
+            ("overrides", "yes"),
             ("weights", "q4"),
             ("device", "cuda"),
             ("device", "tpu:0"),

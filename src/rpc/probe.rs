@@ -207,3 +207,135 @@ fn state(standing: &Standing) -> (ProbeState, String) {
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use inwit_probes::{Head, InputNorm, Kind, Manifest, ModelIdentity, Positions, Probe, Site};
+
+    use super::*;
+
+    fn loaded(name: &str, standing: Standing) -> Arc<LoadedProbe> {
+        let model = ModelIdentity {
+            name: "tiny".into(),
+            architecture_id: "a".repeat(64),
+            weights_id: "b".repeat(64),
+            weight_format: "f32".into(),
+        };
+        let manifest = Manifest::new(name, Kind::Logistic, 2, Positions::LastPromptToken, model);
+        let head = Head {
+            site: Site::ResidPost(1),
+            weight: vec![1.0, -1.0],
+            bias: vec![0.0],
+            out: 1,
+            norm: InputNorm::None,
+        };
+        Arc::new(LoadedProbe {
+            name: name.into(),
+            revision: 3,
+            content_hash: format!("hash-of-{name}"),
+            probe: Probe::new(manifest, vec![head], None).expect("a probe"),
+            standing,
+        })
+    }
+
+    fn snapshot(names: &[String]) -> Snapshot {
+        Snapshot {
+            probes: names
+                .iter()
+                .map(|name| loaded(name, Standing::Native))
+                .collect(),
+            hash: names.join(" "),
+            ..Snapshot::empty()
+        }
+    }
+
+    fn names(count: usize) -> Vec<String> {
+        (0..count).rev().map(|i| format!("probe_{i:03}")).collect()
+    }
+
+    fn page(size: i32, token: &str) -> ListProbesRequest {
+        ListProbesRequest {
+            page_size: size,
+            page_token: token.into(),
+            filter: String::new(),
+        }
+    }
+
+    fn refused<T>(result: Result<T>) -> String {
+        match result.err().expect("refused") {
+            Error::InvalidRequest { field, .. } | Error::Unsupported { field, .. } => field,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn pages_hold_every_probe_once_by_name() {
+        let snapshot = snapshot(&names(250));
+        for (asked, expected) in [(0, 50), (7, 7), (100, 100), (i32::MAX, 100)] {
+            let mut seen = Vec::new();
+            let mut token = String::new();
+            loop {
+                let reply = list(&snapshot, &page(asked, &token)).expect("a page");
+                assert!(reply.probes.len() <= expected);
+                seen.extend(reply.probes.into_iter().map(|probe| probe.name));
+                token = reply.next_page_token;
+                if token.is_empty() {
+                    break;
+                }
+            }
+            let sorted: Vec<_> = names(250).into_iter().rev().collect();
+            assert_eq!(seen, sorted, "{asked}");
+        }
+    }
+
+    #[test]
+    fn a_page_token_is_of_one_set_of_probes_and_cannot_be_made_up() {
+        let old = snapshot(&names(60));
+        let token = list(&old, &page(50, "")).expect("a page").next_page_token;
+        let new = snapshot(&names(61));
+        assert_eq!(refused(list(&new, &page(50, &token))), "page_token");
+        for made_up in ["1", "32.0", "-1.x", "ffffffffffffffffff.00", ".", "é"] {
+            assert_eq!(refused(list(&old, &page(50, made_up))), "page_token");
+        }
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_is_refused() {
+        let snapshot = snapshot(&names(1));
+        assert_eq!(refused(list(&snapshot, &page(-1, ""))), "page_size");
+        let filtered = ListProbesRequest {
+            filter: "name = x".into(),
+            ..page(0, "")
+        };
+        let result = list(&snapshot, &filtered);
+        assert!(matches!(result, Err(Error::Unsupported { .. })));
+    }
+
+    #[test]
+    fn a_probe_is_found_by_its_exact_name_only() {
+        let snapshot = snapshot(&names(2));
+        let probe = get(&snapshot, "probe_001").expect("found").probe;
+        let probe = probe.expect("set");
+        assert_eq!(probe.sites, ["blocks.1.hook_resid_post"]);
+        assert_eq!((probe.d_model, probe.revision), (2, 3));
+        assert!(probe.manifest_json.contains("probe_001"));
+        for name in ["probe_00", "../probe_001", "probe_001\0", "PROBE_001"] {
+            let result = get(&snapshot, name);
+            assert!(matches!(result, Err(Error::NotFound { .. })), "{name:?}");
+        }
+        assert_eq!(refused(get(&snapshot, "")), "name");
+    }
+
+    #[test]
+    fn a_probe_on_other_weights_is_active_only_after_its_canaries() {
+        let state = |canaries| summary(&loaded("p", Standing::Unverified { canaries })).state;
+        assert_eq!(state(Canaries::NotRun), ProbeState::Unverified as i32);
+        assert_eq!(state(Canaries::Passed), ProbeState::Active as i32);
+        assert_eq!(
+            state(Canaries::Failed("off by 1".into())),
+            ProbeState::Failed as i32
+        );
+        let native = summary(&loaded("p", Standing::Native));
+        assert!(native.native && native.state_message.is_empty());
+    }
+}

@@ -30,7 +30,7 @@ use super::proto::probe_service_server::ProbeServiceServer;
 use super::reply::Terms;
 use super::running::Running;
 use crate::engine::handle::Engine;
-use crate::engine::prepare::{Defaults, Draft, prepare};
+use crate::engine::prepare::{Defaults, Draft, POLICY_OFF, prepare};
 use crate::engine::request::Request;
 use crate::error::{Error, Result};
 use crate::metrics;
@@ -104,10 +104,13 @@ impl Served {
 
     /// The policy that judges a request that names none.
     pub(super) fn policy(&self) -> Arc<Policy> {
-        let snapshot = self.registry.snapshot();
-        match snapshot.policy(self.defaults.policy.as_deref()) {
-            Ok(policy) => policy.clone(),
-            Err(_) => Arc::new(Policy::empty()),
+        match self.defaults.policy.as_deref() {
+            Some(POLICY_OFF) => Arc::new(Policy::empty()),
+            name => match self.registry.snapshot().policy(name) {
+                Ok(policy) => policy.clone(),
+                // Such a server refuses every request that names no policy itself.
+                Err(_) => Arc::new(Policy::empty()),
+            },
         }
     }
 
