@@ -1,0 +1,127 @@
+//! What the engine is asked to do: checked, tokenised, every name resolved.
+//! Knows nothing of wire formats; `prepare.rs` makes one from what a caller wrote.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use inwit_probes::Site;
+
+use super::sampler::Sampling;
+use crate::policy::{Mode, Policy};
+use crate::registry::{Head, Snapshot};
+
+/// A request as the engine takes it. Holding one is the proof that its fields are in range.
+#[derive(Clone)]
+pub struct Request {
+    pub id: String,
+    pub prompt: Prompt,
+    pub work: Work,
+    pub sampling: Sampling,
+    pub monitor: Monitor,
+    /// Applied in this order, row by row.
+    pub interventions: Vec<Intervention>,
+    pub capture: Option<CaptureWish>,
+    /// A refusal head asked for by the caller, for every generated token.
+    pub refusal_head: Option<Arc<Head>>,
+    pub use_prefix_cache: bool,
+    pub deadline: Option<Instant>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Prompt {
+    pub tokens: Vec<u32>,
+    /// The content tokens of the last user turn and the template's tail: `content.end == tokens.len()`.
+    pub content: Range<usize>,
+    pub form: PromptForm,
+}
+
+/// What a probe's `trained_on` is compared with.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PromptForm {
+    Chat {
+        template_hash: String,
+        /// SHA-256 of the system prompt the caller gave; none when it gave none.
+        system_prompt: Option<String>,
+        user_turns: u32,
+        prefilled_answer: bool,
+    },
+    RawText,
+    Tokens,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Work {
+    Generate,
+    /// Prefill only; `answer` are the tokens of a finished answer, scored as generated ones.
+    Score { answer: Vec<u32> },
+}
+
+/// What the monitor does for this request. The snapshot is pinned here, at admission.
+#[derive(Clone)]
+pub struct Monitor {
+    pub mode: Mode,
+    pub snapshot: Arc<Snapshot>,
+    pub policy: Arc<Policy>,
+    pub return_scores: bool,
+    /// Raises, never lowers, what the policy holds back, in tokens.
+    pub hold_back: u32,
+}
+
+/// A change to the hidden states of this request's rows.
+#[derive(Clone, Debug)]
+pub struct Intervention {
+    pub name: String,
+    pub site: Site,
+    pub kind: InterventionKind,
+    /// `[d_model]`; of unit length for `ProjectOut` and the clamps.
+    pub vector: Arc<[f32]>,
+    pub positions: PositionSelection,
+    pub condition: Option<Condition>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum InterventionKind {
+    /// `h += strength * v`
+    Add { strength: f32 },
+    /// `h -= (h.v) v`
+    ProjectOut,
+    /// `h += (bound - h.v) v` where `h.v > bound`
+    ClampAbove { bound: f32 },
+    /// `h += (bound - h.v) v` where `h.v < bound`
+    ClampBelow { bound: f32 },
+}
+
+/// Holds where the probe's logit for this row, read at earlier sites of the same pass, is above.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Condition {
+    /// Index into the snapshot's probes.
+    pub probe: usize,
+    pub above: f32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PositionSelection {
+    LastPromptToken,
+    AllPrompt,
+    Generated,
+    All,
+}
+
+impl PositionSelection {
+    /// Whether the token at `position` is selected in a request of `prompt_len` prompt tokens.
+    pub fn contains(self, position: usize, prompt_len: usize) -> bool {
+        match self {
+            Self::LastPromptToken => position + 1 == prompt_len,
+            Self::AllPrompt => position < prompt_len,
+            Self::Generated => position >= prompt_len,
+            Self::All => true,
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct CaptureWish {
+    pub sites: Vec<Site>,
+    pub positions: PositionSelection,
+}
