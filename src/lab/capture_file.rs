@@ -14,7 +14,7 @@ use inwit_probes::Site;
 use serde_json::{Map, Value, json};
 
 use super::output::WholeFile;
-use crate::engine::event::Captured;
+use super::states::RowStates;
 use crate::error::{Error, Result};
 
 /// The element type of the captured states.
@@ -69,7 +69,7 @@ impl CaptureFile {
     pub fn create(path: &Path, sites: &[Site], d_model: usize, dtype: Dtype) -> Result<Self> {
         let spool = |site: &Site| {
             let file = tempfile::tempfile().map_err(|error| unwritten(path, &error))?;
-            Ok((site.clone(), BufWriter::new(file)))
+            Ok((*site, BufWriter::new(file)))
         };
         Ok(Self {
             path: path.to_owned(),
@@ -84,42 +84,23 @@ impl CaptureFile {
         })
     }
 
-    /// Appends what was captured of one input row, in any order of sites and pieces.
-    ///
-    /// Every site must hold the same positions: the rows of the tensors belong together.
-    pub fn push(&mut self, id: &str, captured: &[Captured]) -> Result<()> {
-        let mut index: Option<Vec<(i64, i64)>> = None;
-        for (site, spool) in &mut self.sites {
-            let mut pieces: Vec<_> = captured
-                .iter()
-                .filter(|piece| piece.site == *site)
-                .collect();
-            pieces.sort_by_key(|piece| piece.first_position);
-            let rows = pieces
-                .iter()
-                .flat_map(|piece| piece_index(piece))
-                .collect::<Vec<_>>();
-            if index.get_or_insert_with(|| rows.clone()) != &rows {
-                return Err(Error::internal(format!(
-                    "{site} was captured at other positions"
-                )));
-            }
-            for piece in pieces {
-                if piece.values.len() != piece.tokens.len() * self.d_model {
-                    return Err(Error::internal(format!(
-                        "{site}: a row is not d_model wide"
-                    )));
-                }
-                self.dtype
-                    .write(&piece.values, spool)
-                    .map_err(|error| unwritten(&self.path, &error))?;
-            }
+    /// Appends the states of one input row; it may have none.
+    pub fn push(&mut self, id: &str, states: &RowStates) -> Result<()> {
+        if states.values.len() != self.sites.len() {
+            return Err(Error::internal("a row lacks a site of the capture file"));
         }
-        for (position, token) in index.unwrap_or_default() {
-            self.sequences.push(self.ids.len() as i64);
-            self.positions.push(position);
-            self.tokens.push(token);
+        for ((_, spool), values) in self.sites.iter_mut().zip(&states.values) {
+            self.dtype
+                .write(values, spool)
+                .map_err(|error| unwritten(&self.path, &error))?;
         }
+        let sequence = self.ids.len() as i64;
+        self.sequences
+            .extend(states.positions.iter().map(|_| sequence));
+        self.positions
+            .extend(states.positions.iter().map(|p| i64::from(*p)));
+        self.tokens
+            .extend(states.tokens.iter().map(|t| i64::from(*t)));
         self.ids.push(id.to_owned());
         Ok(())
     }
@@ -189,11 +170,6 @@ impl CaptureFile {
     }
 }
 
-fn piece_index(piece: &Captured) -> impl Iterator<Item = (i64, i64)> {
-    let first = i64::from(piece.first_position);
-    (first..).zip(piece.tokens.iter().map(|token| i64::from(*token)))
-}
-
 fn le_bytes(values: &[i64]) -> Vec<u8> {
     values
         .iter()
@@ -218,13 +194,12 @@ mod tests {
         name.parse().expect("a site")
     }
 
-    fn piece(name: &str, first_position: u32, tokens: &[u32], start: f32) -> Captured {
-        let values = (0..tokens.len() * 2).map(|i| start + i as f32).collect();
-        Captured {
-            site: site(name),
-            first_position,
+    fn states(first: u32, tokens: &[u32], starts: [f32; 2]) -> RowStates {
+        let values = |start: f32| (0..tokens.len() * 2).map(|i| start + i as f32).collect();
+        RowStates {
+            positions: (first..).take(tokens.len()).collect(),
             tokens: tokens.to_vec(),
-            values,
+            values: starts.map(values).to_vec(),
         }
     }
 
@@ -236,15 +211,12 @@ mod tests {
         let path = folder.path().join("activations.safetensors");
         let sites = [site(LATE), site(EARLY)];
         let mut file = CaptureFile::create(&path, &sites, 2, dtype).expect("creates");
-        let chunks = [
-            piece(EARLY, 2, &[30], 14.0),
-            piece(EARLY, 0, &[10, 20], 10.0),
-            piece(LATE, 0, &[10, 20, 30], 20.0),
-        ];
-        file.push("first", &chunks).expect("pushes");
-        file.push("nothing", &[]).expect("pushes");
-        let last = [piece(EARLY, 5, &[40], 1.0), piece(LATE, 5, &[40], 2.0)];
-        file.push("last", &last).expect("pushes");
+        let first = states(0, &[10, 20, 30], [20.0, 10.0]);
+        file.push("first", &first).expect("pushes");
+        file.push("nothing", &states(0, &[], [0.0, 0.0]))
+            .expect("pushes");
+        file.push("last", &states(5, &[40], [2.0, 1.0]))
+            .expect("pushes");
         assert_eq!(file.rows(), 4);
         file.finish().expect("finishes");
         std::fs::read(&path).expect("reads")
@@ -291,12 +263,10 @@ mod tests {
     }
 
     #[test]
-    fn sites_that_disagree_on_positions_are_an_error() {
+    fn a_row_without_one_of_the_sites_is_an_error() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("a.safetensors");
-        let sites = [site(EARLY), site(LATE)];
-        let mut file = CaptureFile::create(&path, &sites, 2, Dtype::F32).expect("creates");
-        let pieces = [piece(EARLY, 0, &[1], 0.0), piece(LATE, 1, &[1], 0.0)];
-        assert!(file.push("a", &pieces).is_err());
+        let mut file = CaptureFile::create(&path, &[site(EARLY)], 2, Dtype::F32).expect("creates");
+        assert!(file.push("a", &states(0, &[1], [0.0, 1.0])).is_err());
     }
 }
