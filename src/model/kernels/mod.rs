@@ -1,0 +1,41 @@
+//! The arithmetic of a forward pass on a CPU: products, attention, norms, activations.
+//! Every function works row by row: what a row gets does not depend on how many rows there are,
+//! on their order, or on how many threads share the work. That is what makes a decision replayable.
+//!
+//! Each result is one chain of fused multiply-adds in a fixed order, so the variants that are
+//! compiled for AVX-512, AVX2 and plain x86-64 or NEON give the same bits.
+
+mod attention;
+mod elementwise;
+mod product;
+
+pub use attention::{AttentionShape, KV_BLOCK, KvLayer, KvType, SpanRows, attend};
+pub use elementwise::{add_assign, axpy, dot, gelu_tanh_mul, l2_norm, rms_norm, rope, silu_mul};
+pub use product::{PackedMatrix, WeightFormat};
+
+/// Names the instruction set that the kernels chose on this machine, e.g. `fma-chain/avx512`.
+/// Two decisions with the same identity, weights and machine kind have the same bits.
+pub fn identity() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            return "fma-chain/avx512";
+        }
+        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
+        {
+            return "fma-chain/avx2";
+        }
+    }
+    if cfg!(target_arch = "aarch64") {
+        return "fma-chain/neon";
+    }
+    "fma-chain/portable"
+}
+
+/// A pointer to disjoint parts of one output, handed to the threads of one product.
+/// Each caller proves that its parts do not overlap.
+struct SharedOut(*mut f32);
+
+// SAFETY: the pointer is only used to form slices that do not overlap between threads.
+#[allow(unsafe_code)]
+unsafe impl Sync for SharedOut {}

@@ -1,0 +1,348 @@
+//! `y = x W^T` for weights repacked at load into panels of 64 outputs.
+//! Each output is one chain of fused multiply-adds over the inner dimension, in its order.
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::SharedOut;
+
+/// Outputs per panel: four AVX-512 registers, eight AVX2 ones.
+const PANEL: usize = 64;
+
+/// Products smaller than this many multiply-adds stay on one thread: waking another costs more.
+const PARALLEL_WORK: usize = 1 << 16;
+
+/// How weights lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightFormat {
+    F32,
+    Bf16,
+}
+
+impl std::fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+/// A weight matrix `[outputs, inputs]`, held once, in panels: `[outputs / 64][inputs][64]`.
+pub struct PackedMatrix {
+    outputs: usize,
+    inputs: usize,
+    panels: Panels,
+}
+
+enum Panels {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+}
+
+/// One stored weight, widened to f32 without loss.
+trait Weight: Copy + Send + Sync + Default {
+    fn widen(self) -> f32;
+    fn narrow(value: f32) -> Self;
+}
+
+impl Weight for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+    fn narrow(value: f32) -> Self {
+        value
+    }
+}
+
+impl Weight for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    fn narrow(value: f32) -> Self {
+        bf16::from_f32(value)
+    }
+}
+
+impl PackedMatrix {
+    /// Packs `weight`, row-major `[outputs, inputs]`; its length must be the product.
+    pub fn pack(weight: &[f32], outputs: usize, inputs: usize, format: WeightFormat) -> Self {
+        assert_eq!(weight.len(), outputs * inputs, "weight is [outputs, inputs]");
+        let panels = match format {
+            WeightFormat::F32 => Panels::F32(pack(weight, outputs, inputs)),
+            WeightFormat::Bf16 => Panels::Bf16(pack(weight, outputs, inputs)),
+        };
+        Self {
+            outputs,
+            inputs,
+            panels,
+        }
+    }
+
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    pub fn bytes(&self) -> usize {
+        match &self.panels {
+            Panels::F32(panels) => panels.len() * 4,
+            Panels::Bf16(panels) => panels.len() * 2,
+        }
+    }
+
+    /// `x`: `[rows, inputs]` -> `[rows, outputs]`.
+    pub fn product(&self, x: &[f32]) -> Vec<f32> {
+        let rows = x.len() / self.inputs;
+        assert_eq!(x.len(), rows * self.inputs, "x is [rows, inputs]");
+        let mut y = vec![0f32; rows * self.outputs];
+        match &self.panels {
+            Panels::F32(panels) => self.fill(panels, x, &mut y),
+            Panels::Bf16(panels) => self.fill(panels, x, &mut y),
+        }
+        y
+    }
+
+    /// Row `row` of the unpacked matrix: an embedding table shares its memory with the head.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        let base = (row / PANEL) * self.inputs * PANEL + row % PANEL;
+        match &self.panels {
+            Panels::F32(panels) => {
+                for (k, value) in out.iter_mut().enumerate() {
+                    *value = panels[base + k * PANEL];
+                }
+            }
+            Panels::Bf16(panels) => {
+                for (k, value) in out.iter_mut().enumerate() {
+                    *value = panels[base + k * PANEL].widen();
+                }
+            }
+        }
+    }
+
+    fn fill<W: Weight>(&self, panels: &[W], x: &[f32], y: &mut [f32]) {
+        let (inputs, outputs) = (self.inputs, self.outputs);
+        let out = SharedOut(y.as_mut_ptr());
+        let fill_panel = |(index, panel): (usize, &[W])| {
+            let width = PANEL.min(outputs - index * PANEL);
+            let out = &out;
+            panel_rows(panel, x, inputs, |row, values: &[f32; PANEL]| {
+                // SAFETY: row < rows and the panel's columns are inside `outputs`; panels and rows
+                // are visited once each, so no two slices overlap.
+                #[allow(unsafe_code)]
+                let target = unsafe {
+                    std::slice::from_raw_parts_mut(
+                        out.0.add(row * outputs + index * PANEL),
+                        width,
+                    )
+                };
+                target.copy_from_slice(&values[..width]);
+            });
+        };
+        let panel_len = inputs * PANEL;
+        if x.len() * outputs < PARALLEL_WORK {
+            panels.chunks(panel_len).enumerate().for_each(fill_panel);
+        } else {
+            // A few large pieces per thread: enough to balance, few enough to hand out cheaply.
+            let count = panels.len() / panel_len;
+            let pieces = (rayon::current_num_threads() * 4).min(count).max(1);
+            let per_piece = count.div_ceil(pieces);
+            (0..pieces).into_par_iter().for_each(|piece| {
+                let first = piece * per_piece;
+                let last = (first + per_piece).min(count);
+                for index in first..last {
+                    fill_panel((index, &panels[index * panel_len..(index + 1) * panel_len]));
+                }
+            });
+        }
+    }
+}
+
+fn pack<W: Weight>(weight: &[f32], outputs: usize, inputs: usize) -> Vec<W> {
+    let mut packed = vec![W::default(); outputs.div_ceil(PANEL) * PANEL * inputs];
+    packed
+        .par_chunks_mut(PANEL * inputs)
+        .enumerate()
+        .for_each(|(index, panel)| {
+            for column in 0..PANEL.min(outputs - index * PANEL) {
+                let row = &weight[(index * PANEL + column) * inputs..][..inputs];
+                for (k, value) in row.iter().enumerate() {
+                    panel[k * PANEL + column] = W::narrow(*value);
+                }
+            }
+        });
+    packed
+}
+
+/// All rows of `x` against one panel. The instruction set only changes how many rows share a load.
+fn panel_rows<W: Weight>(
+    panel: &[W],
+    x: &[f32],
+    inputs: usize,
+    mut store: impl FnMut(usize, &[f32; PANEL]),
+) {
+    let rows = x.len() / inputs;
+    let mut row = 0;
+    while row < rows {
+        let left = rows - row;
+        let step = match left {
+            0 | 1 => 1,
+            2 | 3 => 2,
+            4 | 5 => 4,
+            _ => 6,
+        };
+        let x = &x[row * inputs..(row + step) * inputs];
+        match step {
+            1 => emit(row, &tile::<W, 1>(panel, x, inputs), &mut store),
+            2 => emit(row, &tile::<W, 2>(panel, x, inputs), &mut store),
+            4 => emit(row, &tile::<W, 4>(panel, x, inputs), &mut store),
+            _ => emit(row, &tile::<W, 6>(panel, x, inputs), &mut store),
+        }
+        row += step;
+    }
+}
+
+fn emit<const R: usize>(
+    first: usize,
+    values: &[[f32; PANEL]; R],
+    store: &mut impl FnMut(usize, &[f32; PANEL]),
+) {
+    for (offset, values) in values.iter().enumerate() {
+        store(first + offset, values);
+    }
+}
+
+/// `R` rows against one panel of 64 outputs.
+fn tile<W: Weight, const R: usize>(panel: &[W], x: &[f32], inputs: usize) -> [[f32; PANEL]; R] {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            // SAFETY: the feature was just detected.
+            #[allow(unsafe_code)]
+            return unsafe { tile_avx512::<W, R>(panel, x, inputs) };
+        }
+        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
+        {
+            // SAFETY: the features were just detected.
+            #[allow(unsafe_code)]
+            return unsafe { tile_avx2::<W, R>(panel, x, inputs) };
+        }
+    }
+    tile_plain::<W, R, PANEL>(panel, x, inputs)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+fn tile_avx512<W: Weight, const R: usize>(
+    panel: &[W],
+    x: &[f32],
+    inputs: usize,
+) -> [[f32; PANEL]; R] {
+    tile_plain::<W, R, PANEL>(panel, x, inputs)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn tile_avx2<W: Weight, const R: usize>(
+    panel: &[W],
+    x: &[f32],
+    inputs: usize,
+) -> [[f32; PANEL]; R] {
+    // Sixteen registers hold two columns of six rows, not eight.
+    tile_plain::<W, R, 16>(panel, x, inputs)
+}
+
+/// The one definition of the product: every variant above is this loop, compiled differently.
+/// `WIDTH` outputs are accumulated at a time; it changes no bit.
+#[inline(always)]
+fn tile_plain<W: Weight, const R: usize, const WIDTH: usize>(
+    panel: &[W],
+    x: &[f32],
+    inputs: usize,
+) -> [[f32; PANEL]; R] {
+    let mut out = [[0f32; PANEL]; R];
+    let x: [&[f32]; R] = std::array::from_fn(|row| &x[row * inputs..(row + 1) * inputs]);
+    for first in (0..PANEL).step_by(WIDTH) {
+        let mut sums = [[0f32; WIDTH]; R];
+        for (k, weights) in panel.chunks_exact(PANEL).enumerate().take(inputs) {
+            let weights: [f32; WIDTH] = std::array::from_fn(|j| weights[first + j].widen());
+            for row in 0..R {
+                let x = x[row][k];
+                for j in 0..WIDTH {
+                    sums[row][j] = x.mul_add(weights[j], sums[row][j]);
+                }
+            }
+        }
+        for row in 0..R {
+            out[row][first..first + WIDTH].copy_from_slice(&sums[row]);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn seeded(len: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
+        (0..len)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 17;
+                state ^= state << 5;
+                (state as f32 / u32::MAX as f32) * 2.0 - 1.0
+            })
+            .collect()
+    }
+
+    fn chain(x: &[f32], w: &[f32]) -> f32 {
+        x.iter().zip(w).fold(0.0, |sum, (x, w)| x.mul_add(*w, sum))
+    }
+
+    proptest! {
+        #[test]
+        fn every_product_is_one_chain_of_fused_multiply_adds(
+            rows in 1usize..15, outputs in 1usize..200, inputs in 1usize..90, seed in 0u32..1000
+        ) {
+            let w = seeded(outputs * inputs, seed);
+            let x = seeded(rows * inputs, seed + 1);
+            let y = PackedMatrix::pack(&w, outputs, inputs, WeightFormat::F32).product(&x);
+            for row in 0..rows {
+                for column in 0..outputs {
+                    let expected = chain(&x[row * inputs..][..inputs], &w[column * inputs..][..inputs]);
+                    prop_assert_eq!(y[row * outputs + column].to_bits(), expected.to_bits());
+                }
+            }
+        }
+
+        #[test]
+        fn a_row_does_not_depend_on_the_rows_beside_it(
+            rows in 1usize..20, seed in 0u32..1000, format in prop_oneof![Just(WeightFormat::F32), Just(WeightFormat::Bf16)]
+        ) {
+            let (outputs, inputs) = (192, 96);
+            let w = PackedMatrix::pack(&seeded(outputs * inputs, seed), outputs, inputs, format);
+            let x = seeded(rows * inputs, seed + 1);
+            let together = w.product(&x);
+            for row in 0..rows {
+                let alone = w.product(&x[row * inputs..][..inputs]);
+                prop_assert_eq!(&together[row * outputs..][..outputs], &alone[..]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_of_the_matrix_comes_back_as_it_was_packed() {
+        let w = seeded(70 * 9, 3);
+        let packed = PackedMatrix::pack(&w, 70, 9, WeightFormat::F32);
+        let mut row = [0f32; 9];
+        packed.row(66, &mut row);
+        assert_eq!(row, w[66 * 9..67 * 9]);
+    }
+}

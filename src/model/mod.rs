@@ -1,0 +1,3 @@
+//! Weights to hidden states to logits. Knows nothing of requests.
+
+pub mod kernels;
