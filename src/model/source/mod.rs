@@ -1,0 +1,393 @@
+//! A model's files as raw material: configuration, tokenizer, template, weights in f32.
+//! Knows GGUF files and Hugging Face folders and hides which of them it reads; knows nothing of
+//! kernels or requests.
+//!
+//! Weights are read from open files, not mapped: a file that is replaced meanwhile cannot fault
+//! the process, and one that is changed in place is an error.
+
+mod folder;
+mod gguf;
+mod gguf_model;
+mod gguf_tokenizer;
+mod safetensors;
+mod stored_type;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
+
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+use crate::model::{ChatTemplate, ModelConfig, Tokenizer};
+use stored_type::AlignedBytes;
+pub use stored_type::StoredType;
+
+/// Where a tensor lies in a file, checked against the file's length.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct TensorEntry {
+    pub(crate) name: String,
+    pub(crate) stored_type: StoredType,
+    /// Row-major, outermost first.
+    pub(crate) shape: Vec<usize>,
+    /// From the start of the file.
+    pub(crate) offset: u64,
+    pub(crate) bytes: u64,
+}
+
+/// What says whether a probe fits a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// SHA-256 (hex) over configuration, tokenizer and template; the same model has the same
+    /// value in both file formats and at every quantisation.
+    pub architecture_id: String,
+    /// SHA-256 (hex) of the GGUF file, or over the sorted safetensors files of a folder.
+    pub weights_id: String,
+}
+
+/// A model's files, opened and checked; tensors are read on request.
+#[derive(Debug)]
+pub struct Source {
+    pub config: ModelConfig,
+    pub tokenizer: Tokenizer,
+    /// `None` for a model without a chat template: it takes raw text and tokens only.
+    pub template: Option<ChatTemplate>,
+    pub identity: Identity,
+    pub name: String,
+    pub path: PathBuf,
+    files: Vec<WeightFile>,
+    /// By Hugging Face checkpoint name.
+    tensors: BTreeMap<String, StoredTensor>,
+    asked: Mutex<BTreeSet<String>>,
+}
+
+impl Source {
+    /// Opens a GGUF file or a Hugging Face folder (`config.json`, safetensors, tokenizer).
+    ///
+    /// Reads the weights once to hash them; everything but the weights is in memory afterwards.
+    pub fn open(path: &Path) -> Result<Self> {
+        let kind = std::fs::metadata(path).map_err(|error| Error::file(path.display(), error))?;
+        let parts = if kind.is_dir() {
+            folder::open(path)?
+        } else {
+            gguf_model::open(path)?
+        };
+        Self::assemble(path, parts)
+    }
+
+    fn assemble(path: &Path, parts: Parts) -> Result<Self> {
+        let Parts {
+            config,
+            tokenizer,
+            template,
+            name,
+            files,
+            tensors,
+        } = parts;
+        config
+            .check()
+            .map_err(|message| Error::file(path.display(), message))?;
+        tokenizer
+            .check_fits(config.vocab_size)
+            .map_err(|message| Error::file(path.display(), message))?;
+        let identity = Identity {
+            architecture_id: architecture_id(&config, &tokenizer, template.as_ref())?,
+            weights_id: weights_id(&files)?,
+        };
+        let mut source = Self {
+            config,
+            tokenizer,
+            template,
+            identity,
+            name,
+            path: path.to_path_buf(),
+            files,
+            tensors,
+            asked: Mutex::default(),
+        };
+        source.drop_copied_head()?;
+        Ok(source)
+    }
+
+    /// The tensor's values, dequantised, row-major `[out, in]`, under its Hugging Face name.
+    ///
+    /// The same for both formats: rotary rows of llama are half-split, gemma3's norm weights
+    /// are the multipliers themselves. A tensor that is missing, misshapen or not finite is an
+    /// error that names it.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let stored = self.tensors.get(name).ok_or_else(|| {
+            Error::file(self.path.display(), format!("tensor `{name}` is missing"))
+        })?;
+        let file = &self.files[stored.file];
+        let fail = |message: String| {
+            Error::file(
+                file.path.display(),
+                format!("tensor `{}`: {message}", stored.entry.name),
+            )
+        };
+        if stored.entry.shape != shape {
+            return Err(fail(format!(
+                "its shape is {:?}, the configuration wants {shape:?}",
+                stored.entry.shape
+            )));
+        }
+        let bytes = file.read(&stored.entry)?;
+        let mut values = stored
+            .entry
+            .stored_type
+            .to_f32(bytes.as_slice())
+            .map_err(fail)?;
+        if !values.iter().all(|value| value.is_finite()) {
+            return Err(fail("it holds values that are not finite".into()));
+        }
+        stored.adjustment.apply(&mut values, shape).map_err(fail)?;
+        self.mark_asked(name);
+        Ok(values)
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    pub fn stored_type(&self, name: &str) -> Option<StoredType> {
+        self.tensors
+            .get(name)
+            .map(|stored| stored.entry.stored_type)
+    }
+
+    /// Names, as the files spell them, of tensors that nobody asked for.
+    ///
+    /// A model that ignores part of its checkpoint computes something else than its authors
+    /// did, so a loader treats these as an error.
+    pub fn unused_tensors(&self) -> Vec<String> {
+        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        self.tensors
+            .iter()
+            .filter(|(name, _)| !asked.contains(*name))
+            .map(|(_, stored)| stored.entry.name.clone())
+            .collect()
+    }
+
+    /// An error that names the tensors nobody asked for, if there are any.
+    pub fn check_all_used(&self) -> Result<()> {
+        let unused = self.unused_tensors();
+        if unused.is_empty() {
+            return Ok(());
+        }
+        let some = unused.iter().take(4).map(|n| format!("`{n}`"));
+        let some = some.collect::<Vec<_>>().join(", ");
+        Err(Error::file(
+            self.path.display(),
+            format!(
+                "{} tensors have no place in a {} model, among them {some}; \
+                 this variant of the architecture is not supported",
+                unused.len(),
+                self.config.family
+            ),
+        ))
+    }
+
+    /// What all weights take in memory as f32.
+    pub fn parameters_bytes_f32(&self) -> u64 {
+        let elements = |stored: &StoredTensor| stored.entry.shape.iter().product::<usize>();
+        4 * self.tensors.values().map(elements).sum::<usize>() as u64
+    }
+
+    fn mark_asked(&self, name: &str) {
+        self.asked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(name.to_owned());
+    }
+
+    /// Some checkpoints with tied embeddings store the head again; it must be the same.
+    fn drop_copied_head(&mut self) -> Result<()> {
+        let (Some(head), Some(embedding), true) = (
+            self.tensors.get(HEAD),
+            self.tensors.get(EMBEDDING),
+            self.config.tied_embeddings,
+        ) else {
+            return Ok(());
+        };
+        let read = |stored: &StoredTensor| self.files[stored.file].read(&stored.entry);
+        if head.entry.stored_type != embedding.entry.stored_type
+            || read(head)?.as_slice() != read(embedding)?.as_slice()
+        {
+            return Err(Error::file(
+                self.path.display(),
+                "the configuration ties the head to the embedding, but the file holds a head of its own",
+            ));
+        }
+        self.tensors.remove(HEAD);
+        Ok(())
+    }
+}
+
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(crate) const HEAD: &str = "lm_head.weight";
+
+/// What a file format hands over.
+struct Parts {
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    name: String,
+    files: Vec<WeightFile>,
+    tensors: BTreeMap<String, StoredTensor>,
+}
+
+/// A tensor's place, and what makes it equal to the other format's.
+#[derive(Debug)]
+struct StoredTensor {
+    /// Index into `Source::files`.
+    file: usize,
+    entry: TensorEntry,
+    adjustment: Adjustment,
+}
+
+/// What is done to a tensor after dequantising it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Adjustment {
+    None,
+    /// Rows of each head from interleaved rotary pairs to half-split ones.
+    SplitRotaryPairs {
+        heads: usize,
+    },
+    /// A norm stored as the difference to one.
+    AddOne,
+}
+
+impl Adjustment {
+    fn apply(self, values: &mut Vec<f32>, shape: &[usize]) -> Result<(), String> {
+        match self {
+            Self::None => {}
+            Self::AddOne => values.iter_mut().for_each(|value| *value += 1.0),
+            Self::SplitRotaryPairs { heads } => {
+                let [rows, columns] = shape else {
+                    return Err("rotary rows need two dimensions".into());
+                };
+                if heads == 0 || !rows.is_multiple_of(2 * heads) {
+                    return Err(format!("{rows} rows are not {heads} heads of pairs"));
+                }
+                *values = split_rotary_pairs(values, rows / heads, *columns);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Within each head, row `2 i + s` goes to row `s * head_dim / 2 + i`.
+fn split_rotary_pairs(values: &[f32], head_dim: usize, columns: usize) -> Vec<f32> {
+    let mut split = Vec::with_capacity(values.len());
+    for head in values.chunks_exact(head_dim * columns) {
+        for half in 0..2 {
+            for pair in 0..head_dim / 2 {
+                let row = (2 * pair + half) * columns;
+                split.extend_from_slice(&head[row..row + columns]);
+            }
+        }
+    }
+    split
+}
+
+/// An open file of weights and how it looked when it was opened.
+#[derive(Debug)]
+struct WeightFile {
+    path: PathBuf,
+    file: Mutex<File>,
+    bytes: u64,
+    modified: Option<SystemTime>,
+}
+
+impl WeightFile {
+    fn open(path: &Path) -> Result<Self> {
+        let fail = |error| Error::file(path.display(), error);
+        let file = File::open(path).map_err(fail)?;
+        let metadata = file.metadata().map_err(fail)?;
+        if !metadata.is_file() {
+            return Err(Error::file(path.display(), "not a regular file"));
+        }
+        Ok(Self {
+            path: path.to_path_buf(),
+            file: Mutex::new(file),
+            bytes: metadata.len(),
+            modified: metadata.modified().ok(),
+        })
+    }
+
+    /// Runs `read` over the file from its start.
+    fn from_start<T>(&self, read: impl FnOnce(&mut File) -> Result<T, String>) -> Result<T> {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        file.seek(SeekFrom::Start(0))
+            .map_err(|error| error.to_string())
+            .and_then(|_| read(&mut file))
+            .map_err(|message| Error::file(self.path.display(), message))
+    }
+
+    fn read(&self, entry: &TensorEntry) -> Result<AlignedBytes> {
+        let fail = |message: String| {
+            Error::file(
+                self.path.display(),
+                format!("tensor `{}`: {message}", entry.name),
+            )
+        };
+        let length = usize::try_from(entry.bytes).map_err(|e| fail(e.to_string()))?;
+        let mut bytes = AlignedBytes::zeroed(length);
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        file.seek(SeekFrom::Start(entry.offset))
+            .and_then(|_| file.read_exact(bytes.as_mut_slice()))
+            .map_err(|error| fail(error.to_string()))?;
+        let now = file.metadata().map_err(|error| fail(error.to_string()))?;
+        if now.len() != self.bytes || now.modified().ok() != self.modified {
+            return Err(Error::file(
+                self.path.display(),
+                "the file changed while it was being loaded; replace model files by renaming, then start again",
+            ));
+        }
+        Ok(bytes)
+    }
+}
+
+fn weights_id(files: &[WeightFile]) -> Result<String> {
+    let mut hasher = Sha256::new();
+    for weights in files {
+        weights.from_start(|file| {
+            let mut buffer = vec![0; 1 << 20];
+            loop {
+                match file.read(&mut buffer).map_err(|error| error.to_string())? {
+                    0 => return Ok(()),
+                    count => hasher.update(&buffer[..count]),
+                }
+            }
+        })?;
+    }
+    Ok(hex::encode(hasher.finalize()))
+}
+
+fn architecture_id(
+    config: &ModelConfig,
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+) -> Result<String> {
+    let template = template.map_or_else(|| "none".to_owned(), ChatTemplate::hash);
+    let parts = [config.canonical(), tokenizer.fingerprint()?, template];
+    Ok(hex::encode(Sha256::digest(parts.join("\n"))))
+}
+
+/// Reads a small text file, refusing one larger than `most` bytes before it is read.
+fn read_capped(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let fail = |error: std::io::Error| Error::file(path.display(), error);
+    let file = File::open(path).map_err(fail)?;
+    let mut bytes = Vec::new();
+    file.take(most + 1).read_to_end(&mut bytes).map_err(fail)?;
+    if bytes.len() as u64 > most {
+        return Err(Error::file(
+            path.display(),
+            format!("larger than the {most} bytes allowed for such a file"),
+        ));
+    }
+    Ok(bytes)
+}
