@@ -12,11 +12,12 @@ use crate::engine::event::{Captured, Completed, Event, FinishReason, Score};
 use crate::engine::fold::Folded;
 use crate::engine::handle::Engine;
 use crate::engine::prepare::{
-    CaptureDraft, Defaults, Draft, Message, MonitorDraft, PromptDraft, prepare,
+    CaptureDraft, Defaults, Draft, MonitorDraft, PromptDraft, prepare,
 };
 use crate::engine::request::{PositionSelection, Request};
 use crate::engine::sampler::SamplingDraft;
 use crate::error::{Error, Result};
+use crate::model::Message;
 use crate::policy::{Action, Mode};
 use crate::registry::Snapshot;
 

@@ -5,6 +5,8 @@ pub mod answer;
 pub mod bench;
 pub mod capture;
 pub mod capture_file;
+pub mod examples;
+pub mod fit;
 pub mod output;
 pub mod refusal_head;
 pub mod rows;

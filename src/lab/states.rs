@@ -3,7 +3,7 @@
 
 use inwit_probes::Site;
 
-use super::bench::{Bench, Tick, reading};
+use super::bench::{Bench, Done, Tick, reading};
 use super::rows::Row;
 use crate::engine::event::Captured;
 use crate::engine::request::{PositionSelection, Request};
@@ -75,31 +75,25 @@ impl RowStates {
     }
 }
 
-/// Reads the states of every row at the sites: prefill only, answers taken from the rows.
-///
-/// `keep` chooses among the captured positions of a request; what it drops is never held.
-pub async fn collect(
+/// Reads the states of every row at the sites, prefill only, answers taken from the rows, and hands
+/// them over in the order of the rows, so that the caller holds no more than it keeps.
+pub async fn visit(
     bench: &Bench,
     file: &str,
     rows: &[Row],
     sites: &[Site],
     positions: PositionSelection,
     tick: Tick<'_>,
-    keep: impl Fn(&Request, u32) -> bool,
-) -> Result<Vec<(Request, RowStates)>> {
+    mut each: impl FnMut(Request, RowStates) -> Result<()>,
+) -> Result<()> {
     bench.check_sites(sites)?;
     let requests = bench.prepare(file, rows, |row| reading(row, sites, positions))?;
     let d_model = bench.d_model();
-    let mut all = Vec::with_capacity(rows.len());
-    bench
-        .run(file, rows, requests, tick, |done| {
-            let states = RowStates::join(&done.outcome.captured, sites, d_model)?;
-            let states = states.filter(|position| keep(&done.request, position));
-            all.push((done.request, states));
-            Ok(())
-        })
-        .await?;
-    Ok(all)
+    let each = |done: Done<'_>| {
+        let states = RowStates::join(&done.outcome.captured, sites, d_model)?;
+        each(done.request, states)
+    };
+    bench.run(file, rows, requests, tick, each).await
 }
 
 #[cfg(test)]
