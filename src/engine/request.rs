@@ -8,6 +8,7 @@ use std::time::Instant;
 use inwit_probes::Site;
 
 use super::sampler::Sampling;
+pub use crate::hooks::InterventionKind;
 use crate::policy::{Mode, Policy};
 use crate::registry::{Head, Snapshot};
 
@@ -78,18 +79,6 @@ pub struct Intervention {
     pub vector: Arc<[f32]>,
     pub positions: PositionSelection,
     pub condition: Option<Condition>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum InterventionKind {
-    /// `h += strength * v`
-    Add { strength: f32 },
-    /// `h -= (h.v) v`
-    ProjectOut,
-    /// `h += (bound - h.v) v` where `h.v > bound`
-    ClampAbove { bound: f32 },
-    /// `h += (bound - h.v) v` where `h.v < bound`
-    ClampBelow { bound: f32 },
 }
 
 /// Holds where the probe's logit for this row, read at earlier sites of the same pass, is above.

@@ -62,10 +62,14 @@ def sites(model, tokens):
         for handle in handles:
             handle.remove()
     for index in range(len(inner.layers)):
-        at = f"blocks.{index}."
-        assert np.allclose(read[at + "hook_resid_mid"], read[at + "hook_resid_pre"] + read[at + "hook_attn_out"], atol=1e-5)
-        assert np.allclose(read[at + "hook_resid_post"], read[at + "hook_resid_mid"] + read[at + "hook_mlp_out"], atol=1e-5)
+        site = {name: read[f"blocks.{index}.hook_{name}"] for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")}
+        assert _equal_sums(site["resid_mid"], site["resid_pre"] + site["attn_out"])
+        assert _equal_sums(site["resid_post"], site["resid_mid"] + site["mlp_out"])
     return read, logits
+
+
+def _equal_sums(left, right):
+    return np.abs(left - right).max() <= 1e-6 * np.abs(right).max()
 
 
 @torch.no_grad()

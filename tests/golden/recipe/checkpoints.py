@@ -59,6 +59,18 @@ def _llama():
     return Family("llama", config, vocabulary, 0.35, 0.16)
 
 
+def kquants():
+    """A llama wide enough for blocks of 256; written as GGUF only."""
+    vocabulary = vocabularies.smollm(320)
+    config = _shared(
+        "LlamaForCausalLM", "llama", vocabulary, hidden_size=256, intermediate_size=256, max_position_embeddings=512,
+        mlp_bias=False, num_attention_heads=4, num_hidden_layers=2, num_key_value_heads=1, pretraining_tp=1,
+        rms_norm_eps=1e-5, rope_scaling=None, rope_theta=10000.0, tie_word_embeddings=True, vocab_size=320,
+        pad_token_id=vocabulary.id(vocabulary.pad),
+    )
+    return Family("kquants", config, vocabulary, 0.18, 0.08)
+
+
 def _llama3():
     vocabulary = vocabularies.llama3(500)
     scaling = {
@@ -130,6 +142,9 @@ def _draw(family, name, shape):
             # As in real ones the last norm is large, since the embedding that it meets again in the head is small.
             centre = 3.0
         weights = centre + 0.25 * noise
+        if family.name == "gemma3":
+            # A value to which one can be added and taken away again, so that both formats hold the same model.
+            weights = (weights.astype(np.float32) + np.float32(1)) - np.float32(1)
     elif "embed_tokens" in name or "lm_head" in name:
         weights = family.embedding_std * noise
     elif name.endswith("bias"):
@@ -140,10 +155,14 @@ def _draw(family, name, shape):
     return weights.astype(np.float32)
 
 
-def write_folder(family, folder, weights):
+def write_config(family, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = family.vocabulary
     _write_json(folder / "config.json", family.config)
+
+
+def write_folder(family, folder, weights):
+    vocabulary = family.vocabulary
+    write_config(family, folder)
     _write_json(folder / "generation_config.json", _generation_config(family))
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(family))
     tokenizer = json.loads(vocabulary.tokenizer.to_str())

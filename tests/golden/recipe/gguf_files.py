@@ -6,6 +6,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from .k_blocks import quantise_k
+
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Gemma3ForCausalLM": "gemma3",
 }
@@ -84,20 +86,20 @@ def llama3_frequency_factors(config):
     return factors.astype(np.float32)
 
 
-def write_gguf(path, family, weights, types=None):
+def write_gguf(path, family, weights, types=None, file_type=gguf.LlamaFileType.ALL_F32):
     """Write `weights` (Hugging Face names, f32) and return them as a reader will see them.
 
-    `types(gguf_name, weight)` chooses a quantisation type for each matrix; without it everything is f32.
+    `types(gguf_name)` chooses a quantisation type for each matrix; without it everything is f32.
     """
     config, architecture = family.config, ARCHITECTURES[family.architecture]
     writer = gguf.GGUFWriter(path, architecture)
-    _write_metadata(writer, family, architecture, quantised=types is not None)
+    _write_metadata(writer, family, architecture, file_type)
     _write_tokenizer(writer, family)
     if config.get("rope_scaling"):
         writer.add_tensor("rope_freqs.weight", llama3_frequency_factors(config))
     for name, weight in weights.items():
         stored, kind = to_gguf_values(config, name, weight), gguf_name(architecture, name)
-        qtype = types(kind, stored) if types and stored.ndim == 2 else Type.F32
+        qtype = types(kind) if types and stored.ndim == 2 else Type.F32
         if qtype == Type.F32:
             writer.add_tensor(kind, np.ascontiguousarray(stored))
         else:
@@ -110,6 +112,8 @@ def write_gguf(path, family, weights, types=None):
 
 
 def quantise(weight, qtype):
+    if qtype in (Type.Q4_K, Type.Q5_K, Type.Q6_K):
+        return quantise_k(weight, qtype)
     return gguf.quants.quantize(np.ascontiguousarray(weight), qtype)
 
 
@@ -126,7 +130,7 @@ def read_weights(path, config, names):
     return read
 
 
-def _write_metadata(writer, family, architecture, quantised):
+def _write_metadata(writer, family, architecture, file_type):
     config = family.config
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"Tiny {family.name}")
@@ -138,8 +142,8 @@ def _write_metadata(writer, family, architecture, quantised):
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_rope_freq_base(float(config["rope_theta"]))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if quantised else gguf.LlamaFileType.ALL_F32)
-    if quantised:
+    writer.add_file_type(file_type)
+    if file_type != gguf.LlamaFileType.ALL_F32:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if architecture == "llama":
         writer.add_vocab_size(config["vocab_size"])

@@ -1,0 +1,151 @@
+//! What one step reads and changes: compiled from the wishes of the running sequences.
+//! Plain data; `run.rs` carries it out.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use inwit_probes::Site;
+
+use super::stack::ProbeStack;
+
+/// Rows, sites and actions of one step. An empty plan costs one look-up per site.
+pub struct HookPlan {
+    n_layers: usize,
+    pub(super) sites: Vec<SitePlan>,
+    pub(super) groups: Vec<ScoreGroup>,
+    empty: bool,
+}
+
+#[derive(Default)]
+pub(super) struct SitePlan {
+    pub(super) steers: Vec<RowSteer>,
+    /// Indices into the plan's score groups.
+    pub(super) scores: Vec<usize>,
+    pub(super) captures: Vec<CaptureRows>,
+}
+
+impl SitePlan {
+    pub(super) fn is_empty(&self) -> bool {
+        self.steers.is_empty() && self.scores.is_empty() && self.captures.is_empty()
+    }
+}
+
+/// Rows that are scored by the same probes.
+pub(super) struct ScoreGroup {
+    pub(super) stack: Arc<ProbeStack>,
+    pub(super) rows: Vec<usize>,
+}
+
+pub(super) struct RowSteer {
+    pub(super) row: usize,
+    pub(super) kind: InterventionKind,
+    pub(super) vector: Arc<[f32]>,
+    pub(super) condition: Option<RowCondition>,
+}
+
+pub(super) struct CaptureRows {
+    pub(super) key: usize,
+    pub(super) rows: Range<usize>,
+}
+
+/// How a vector `v` changes a hidden state `h`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum InterventionKind {
+    /// `h += strength * v`
+    Add { strength: f32 },
+    /// `h -= (h.v) v`, with `v` of unit length.
+    ProjectOut,
+    /// `h += (bound - h.v) v` where `h.v > bound`, with `v` of unit length.
+    ClampAbove { bound: f32 },
+    /// `h += (bound - h.v) v` where `h.v < bound`, with `v` of unit length.
+    ClampBelow { bound: f32 },
+}
+
+/// Steers only where this probe's logit for the same row is above the bound. The row must be
+/// scored with `stack`, and the probe's sites must come before the steered one.
+#[derive(Clone)]
+pub struct RowCondition {
+    pub stack: Arc<ProbeStack>,
+    pub probe: usize,
+    pub above: f32,
+}
+
+impl HookPlan {
+    pub fn new(n_layers: usize) -> Self {
+        Self {
+            n_layers,
+            sites: (0..Site::count(n_layers))
+                .map(|_| SitePlan::default())
+                .collect(),
+            groups: Vec::new(),
+            empty: true,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.empty
+    }
+
+    pub(super) fn site_index(&self, site: Site) -> usize {
+        site.index(self.n_layers)
+    }
+
+    /// Scores `rows` with every probe of `stack`.
+    pub fn score(&mut self, stack: &Arc<ProbeStack>, rows: Range<usize>) {
+        if stack.is_empty() || rows.is_empty() {
+            return;
+        }
+        self.empty = false;
+        if let Some(group) = self
+            .groups
+            .iter_mut()
+            .find(|group| Arc::ptr_eq(&group.stack, stack))
+        {
+            group.rows.extend(rows);
+            return;
+        }
+        let group = self.groups.len();
+        self.groups.push(ScoreGroup {
+            stack: Arc::clone(stack),
+            rows: rows.collect(),
+        });
+        for (index, site) in self.sites.iter_mut().enumerate() {
+            if stack.reads(index) {
+                site.scores.push(group);
+            }
+        }
+    }
+
+    /// Changes one row at one site. Changes of a row apply in the order of these calls.
+    pub fn steer(
+        &mut self,
+        site: Site,
+        row: usize,
+        kind: InterventionKind,
+        vector: &Arc<[f32]>,
+        condition: Option<RowCondition>,
+    ) {
+        // Adding nothing is doing nothing, to the sign of a zero.
+        if kind == (InterventionKind::Add { strength: 0.0 }) {
+            return;
+        }
+        self.empty = false;
+        let index = self.site_index(site);
+        self.sites[index].steers.push(RowSteer {
+            row,
+            kind,
+            vector: Arc::clone(vector),
+            condition,
+        });
+    }
+
+    /// Copies `rows` at one site; `key` comes back with them.
+    pub fn capture(&mut self, site: Site, key: usize, rows: Range<usize>) {
+        if rows.is_empty() {
+            return;
+        }
+        self.empty = false;
+        let index = self.site_index(site);
+        self.sites[index].captures.push(CaptureRows { key, rows });
+    }
+}

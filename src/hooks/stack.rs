@@ -1,0 +1,98 @@
+//! All probes of one snapshot, stacked by site: at each site one pass over a row's hidden state
+//! gives the outputs of every head that reads it.
+
+use std::sync::Arc;
+
+use inwit_probes::{Probe, ScoreFailure, Site, TokenOutput};
+
+use crate::model::kernels::{dot, l2_norm};
+
+pub struct ProbeStack {
+    probes: Vec<Arc<Probe>>,
+    /// Indexed by `Site::index`.
+    sites: Vec<Vec<StackedHead>>,
+    /// For each probe, where each head's outputs lie in a row of scores.
+    columns: Vec<Vec<std::ops::Range<usize>>>,
+    width: usize,
+}
+
+/// One head at its site.
+struct StackedHead {
+    /// `[out, d_model]`, row-major, input normalisation folded in.
+    weight: Vec<f32>,
+    /// `[out]`
+    bias: Vec<f32>,
+    unit: bool,
+    first_column: usize,
+}
+
+impl ProbeStack {
+    /// Every site of every probe must exist in a model of `n_layers` (`Probe::check_model`).
+    pub fn new(probes: Vec<Arc<Probe>>, n_layers: usize) -> Self {
+        let mut sites: Vec<Vec<StackedHead>> =
+            (0..Site::count(n_layers)).map(|_| Vec::new()).collect();
+        let mut width = 0;
+        let columns = probes
+            .iter()
+            .map(|probe| {
+                let heads = probe.folded_heads().into_iter();
+                heads
+                    .map(|head| {
+                        let columns = width..width + head.out;
+                        width = columns.end;
+                        sites[head.site.index(n_layers)].push(StackedHead {
+                            weight: head.weight,
+                            bias: head.bias,
+                            unit: head.unit,
+                            first_column: columns.start,
+                        });
+                        columns
+                    })
+                    .collect()
+            })
+            .collect();
+        Self {
+            probes,
+            sites,
+            columns,
+            width,
+        }
+    }
+
+    pub fn probes(&self) -> &[Arc<Probe>] {
+        &self.probes
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.probes.is_empty()
+    }
+
+    /// Numbers per row of scores.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
+    pub(super) fn reads(&self, site_index: usize) -> bool {
+        !self.sites[site_index].is_empty()
+    }
+
+    /// Scores one row's hidden state `[d_model]` at a site into its row of scores `[width]`.
+    pub(super) fn score(&self, site_index: usize, hidden: &[f32], scores: &mut [f32]) {
+        for head in &self.sites[site_index] {
+            let scale = if head.unit { l2_norm(hidden) } else { 1.0 };
+            let rows = head.weight.chunks_exact(hidden.len());
+            for (j, (weight, bias)) in rows.zip(&head.bias).enumerate() {
+                scores[head.first_column + j] = dot(hidden, weight) / scale + bias;
+            }
+        }
+    }
+
+    /// What probe `probe` says of a row of scores. Every site of the probe must have been scored.
+    pub fn finish(&self, probe: usize, scores: &[f32]) -> Result<TokenOutput, ScoreFailure> {
+        let outputs: Vec<&[f32]> = self.columns[probe]
+            .iter()
+            .map(|columns| &scores[columns.clone()])
+            .collect();
+        self.probes[probe].finish(&outputs)
+    }
+}
