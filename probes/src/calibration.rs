@@ -198,3 +198,96 @@ fn interpolate(x: &[f32], y: &[f32], logit: f32) -> f32 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::calibration;
+    use proptest::prelude::*;
+
+    fn isotonic() -> Calibration {
+        Calibration {
+            kind: CalibrationKind::Isotonic {
+                x: vec![-1.0, 0.0, 2.0],
+                y: vec![0.1, 0.5, 0.9],
+            },
+            ..calibration(Gather::Last)
+        }
+    }
+
+    #[test]
+    fn isotonic_probabilities_are_linear_between_points_and_constant_beyond() {
+        let calibration = isotonic();
+        for (logit, expected) in [
+            (-9.0, 0.1),
+            (-1.0, 0.1),
+            (-0.5, 0.3),
+            (0.0, 0.5),
+            (1.0, 0.7),
+            (2.0, 0.9),
+            (9.0, 0.9),
+        ] {
+            assert!(
+                (calibration.probability(logit) - expected).abs() < 1e-6,
+                "{logit}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_logit_that_is_nan_has_no_probability() {
+        assert!(isotonic().probability(f32::NAN).is_nan());
+        assert!(calibration(Gather::Last).probability(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn a_threshold_that_was_not_fitted_is_an_error_that_lists_the_others() {
+        let mut calibration = calibration(Gather::Mean);
+        assert_eq!(calibration.threshold_at(0.01, None), Ok(2.5));
+        let message = calibration
+            .threshold_at(0.001, Some(64))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.contains("rate of 0.001 at 64 answer tokens"),
+            "{message}"
+        );
+        assert!(
+            message.contains("the probe has a false-positive rate of 0.01"),
+            "{message}"
+        );
+        calibration.thresholds.clear();
+        assert!(
+            calibration
+                .threshold_at(0.01, None)
+                .unwrap_err()
+                .to_string()
+                .contains("no thresholds")
+        );
+    }
+
+    #[test]
+    fn the_same_operating_point_twice_is_refused() {
+        let mut calibration = calibration(Gather::Mean);
+        calibration.thresholds.push(calibration.thresholds[0]);
+        assert!(
+            calibration
+                .check("c")
+                .unwrap_err()
+                .to_string()
+                .contains("twice")
+        );
+        calibration.thresholds[1].answer_tokens = Some(64);
+        assert!(calibration.check("c").is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn probability_never_falls_as_the_logit_rises(logit in -1e4_f32..1e4, by in 0.0_f32..10.0) {
+            for calibration in [calibration(Gather::Last), isotonic()] {
+                let (low, high) = (calibration.probability(logit), calibration.probability(logit + by));
+                prop_assert!((0.0..=1.0).contains(&low) && low <= high);
+            }
+        }
+    }
+}

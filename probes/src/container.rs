@@ -309,3 +309,228 @@ impl<'de> Visitor<'de> for NoDuplicates {
         Ok(self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::join;
+    use proptest::prelude::*;
+
+    const KEY: &str = "inwit.test";
+
+    fn sample() -> Vec<u8> {
+        let tensors = [
+            ("a".to_owned(), vec![2, 2], &[1.0, 2.0, 3.0, 4.0][..]),
+            ("b".to_owned(), vec![2], &[5.0, 6.0][..]),
+        ];
+        write(KEY, &serde_json::json!({"format_version": 1}), &tensors).unwrap()
+    }
+
+    fn tensor_json(offsets: &str, shape: &str, dtype: &str) -> String {
+        format!(r#"{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}"#)
+    }
+
+    fn refused(bytes: &[u8], expected: &str) {
+        let message = match Contents::read(bytes, KEY) {
+            Ok(_) => panic!("was read; expected an error with {expected:?}"),
+            Err(e) => e.to_string(),
+        };
+        assert!(message.contains(expected), "{message:?} lacks {expected:?}");
+    }
+
+    #[test]
+    fn what_was_written_is_read_again() {
+        let mut contents = Contents::read(&sample(), KEY).unwrap();
+        assert_eq!(contents.take("a", &[2, 2]).unwrap(), [1.0, 2.0, 3.0, 4.0]);
+        let message = contents.take("b", &[1, 2]).unwrap_err().to_string();
+        assert!(message.contains("has shape [2]"), "{message}");
+        contents.finish().unwrap();
+    }
+
+    #[test]
+    fn a_tensor_that_nobody_asked_for_is_refused() {
+        let mut contents = Contents::read(&sample(), KEY).unwrap();
+        contents.take("a", &[2, 2]).unwrap();
+        assert!(
+            contents
+                .take("c", &[1])
+                .unwrap_err()
+                .to_string()
+                .contains("is missing")
+        );
+        assert!(contents.finish().unwrap_err().to_string().contains("`b`"));
+    }
+
+    #[test]
+    fn the_same_parts_give_the_same_bytes() {
+        assert_eq!(sample(), sample());
+        assert_eq!(content_hash(&sample()).len(), 64);
+    }
+
+    #[test]
+    fn a_header_of_impossible_length_is_refused_before_anything_is_reserved() {
+        for length in [1_u64 << 63, u64::MAX, 1 << 40, MAX_HEADER_BYTES + 1] {
+            let mut bytes = sample();
+            bytes[..8].copy_from_slice(&length.to_le_bytes());
+            refused(&bytes, "at most");
+        }
+        let mut bytes = sample();
+        bytes[..8].copy_from_slice(&MAX_HEADER_BYTES.to_le_bytes());
+        refused(&bytes, "truncated");
+    }
+
+    #[test]
+    fn a_header_that_is_not_sound_json_is_refused() {
+        refused(&join("{{", &[]), "not sound JSON");
+        refused(&join("", &[]), "not sound JSON");
+        refused(&join("[1]", &[]), "header");
+        refused(&join(&"[".repeat(100_000), &[]), "recursion limit");
+        let mut bytes = join("\"ab\"", &[]);
+        bytes[9] = 0xff;
+        refused(&bytes, "not sound JSON");
+    }
+
+    #[test]
+    fn duplicate_keys_are_refused_at_every_depth() {
+        let t = tensor_json("[0,4]", "[1]", "F32");
+        refused(
+            &join(&format!(r#"{{"a":{t},"a":{t}}}"#), &[0; 4]),
+            "duplicate key `a`",
+        );
+        let twice = r#"{"__metadata__":{"inwit.test":"{}","inwit.test":"{}"}}"#;
+        refused(&join(twice, &[]), "duplicate key `inwit.test`");
+        let shape = r#"{"a":{"dtype":"F32","shape":[1],"shape":[1],"data_offsets":[0,4]}}"#;
+        refused(&join(shape, &[0; 4]), "duplicate key `shape`");
+    }
+
+    #[test]
+    fn duplicate_keys_in_the_manifest_are_refused() {
+        let manifest = r#"{\"format_version\":1,\"m\":{\"x\":1,\"x\":2}}"#;
+        let file = join(
+            &format!(r#"{{"__metadata__":{{"{KEY}":"{manifest}"}}}}"#),
+            &[],
+        );
+        let contents = Contents::read(&file, KEY).unwrap();
+        let message = contents
+            .manifest::<serde_json::Value>()
+            .unwrap_err()
+            .to_string();
+        assert!(message.contains("duplicate key `x`"), "{message}");
+    }
+
+    #[test]
+    fn offsets_must_tile_the_file() {
+        let one = |offsets| format!(r#"{{"a":{}}}"#, tensor_json(offsets, "[2]", "F32"));
+        let two = |a, b| {
+            let (a, b) = (tensor_json(a, "[1]", "F32"), tensor_json(b, "[1]", "F32"));
+            format!(r#"{{"a":{a},"b":{b}}}"#)
+        };
+        refused(&join(&one("[0,800]"), &[0; 8]), "damaged or truncated");
+        refused(&join(&one("[8,0]"), &[0; 8]), "damaged or truncated");
+        refused(
+            &join(&one("[18446744073709551608,18446744073709551615]"), &[0; 8]),
+            "damaged",
+        );
+        refused(&join(&one("[-8,0]"), &[0; 8]), "header");
+        refused(&join(&two("[0,4]", "[0,4]"), &[0; 8]), "invalid offset");
+        refused(&join(&two("[0,4]", "[2,6]"), &[0; 8]), "invalid offset");
+        refused(&join(&two("[0,4]", "[8,12]"), &[0; 12]), "invalid offset");
+        refused(&join(&one("[0,8]"), &[0; 9]), "not fully covered");
+    }
+
+    #[test]
+    fn a_shape_whose_product_overflows_is_refused() {
+        let shape = "[4294967296,4294967296,2]";
+        let header = format!(r#"{{"a":{}}}"#, tensor_json("[0,0]", shape, "F32"));
+        refused(&join(&header, &[]), "overflow");
+    }
+
+    #[test]
+    fn another_dtype_is_refused_with_the_one_that_is_needed() {
+        let t = tensor_json("[0,4]", "[2]", "F16");
+        let header = format!(r#"{{"__metadata__":{{"{KEY}":"{{}}"}},"a":{t}}}"#);
+        refused(&join(&header, &[0; 4]), "float32 is needed");
+    }
+
+    #[test]
+    fn another_kind_of_file_is_named_as_such() {
+        refused(&join("{}", &[]), "another kind of file");
+        refused(
+            &join(r#"{"__metadata__":{"inwit.other":"{}"}}"#, &[]),
+            "another kind of file",
+        );
+        let both = format!(r#"{{"__metadata__":{{"{KEY}":"{{}}","author":"x"}}}}"#);
+        refused(&join(&both, &[]), "unknown key `author`");
+        let python = format!(r#"{{"__metadata__":{{"{KEY}":"{{}}","format":"np"}}}}"#);
+        assert!(Contents::read(&join(&python, &[]), KEY).is_ok());
+    }
+
+    #[test]
+    fn every_truncation_is_an_error() {
+        let bytes = sample();
+        for length in 0..bytes.len() {
+            assert!(Contents::read(&bytes[..length], KEY).is_err(), "{length}");
+        }
+        let longer = [&bytes[..], &[0]].concat();
+        refused(&longer, "not fully covered");
+    }
+
+    #[test]
+    fn a_file_above_the_cap_is_refused() {
+        let bytes = vec![0; MAX_FILE_BYTES as usize + 1];
+        refused(&bytes, "larger than 64 MiB");
+    }
+
+    #[test]
+    fn a_replaced_file_leaves_no_partial_one_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        write_file(&path, b"old").unwrap();
+        write_file(&path, b"new").unwrap();
+        assert_eq!(read_file(&path).unwrap(), b"new");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert!(write_file(&folder.path().join("none/a"), b"x").is_err());
+        // A folder in the way makes the rename fail.
+        fs::create_dir(folder.path().join("taken")).unwrap();
+        assert!(write_file(&folder.path().join("taken"), b"x").is_err());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_path_that_is_not_a_file_is_an_error_with_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(
+            read_file(folder.path())
+                .unwrap_err()
+                .to_string()
+                .contains("not a regular file")
+        );
+        let missing = folder.path().join("missing.safetensors");
+        assert!(
+            read_file(&missing)
+                .unwrap_err()
+                .to_string()
+                .contains("missing.safetensors")
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_damage_makes_reading_panic(
+            at in any::<prop::sample::Index>(), byte in any::<u8>(), second in any::<prop::sample::Index>(),
+        ) {
+            let mut bytes = sample();
+            let (at, second) = (at.index(bytes.len()), second.index(bytes.len()));
+            bytes[at] = byte;
+            bytes[second] ^= 1 << (byte % 8);
+            if let Ok(contents) = Contents::read(&bytes, KEY) {
+                let _ = contents.manifest::<serde_json::Value>();
+            }
+        }
+
+        #[test]
+        fn noise_is_never_read(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert!(Contents::read(&bytes, KEY).is_err());
+        }
+    }
+}

@@ -10,17 +10,25 @@
 //! | `manifest` | what a probe file says about itself |
 //! | `file`, `vector`, `refusal_head` | probes, steering vectors and refusal heads as files |
 //! | `container` | reading such files without trusting them |
+//! | `fit` | probes and calibrations from activations |
+//! | `metrics` | how good scores are, with intervals |
+//! | `library` | where the artefacts of a model lie |
 //! | `error` | what can go wrong |
 
 pub mod calibration;
 mod container;
 pub mod error;
 pub mod file;
+pub mod fit;
 pub mod gather;
+pub mod library;
 pub mod manifest;
+pub mod metrics;
 pub mod probe;
 pub mod refusal_head;
 pub mod site;
+#[cfg(test)]
+mod testing;
 pub mod vector;
 
 pub use calibration::{Calibration, CalibrationKind, OperatingPoint};

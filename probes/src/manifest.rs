@@ -567,3 +567,119 @@ pub(crate) fn check_between(field: &str, got: usize, low: usize, high: usize) ->
         format!("is {got}, but must lie between {low} and {high}"),
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::manifest;
+
+    #[test]
+    fn canaries_pass_within_a_tenth_of_a_standard_deviation() {
+        let manifest = manifest(Kind::Logistic);
+        let exact: Vec<f32> = manifest.canaries.iter().map(|c| c.logit).collect();
+        assert_eq!(manifest.canaries_pass(&exact), Ok(()));
+        let near: Vec<f32> = exact.iter().map(|l| l + 0.19).collect();
+        assert_eq!(manifest.canaries_pass(&near), Ok(()));
+        for bad in [exact[3] + 0.21, f32::NAN, f32::INFINITY] {
+            let mut logits = exact.clone();
+            logits[3] = bad;
+            assert!(matches!(
+                manifest.canaries_pass(&logits),
+                Err(CanaryFailure::Off { index: 3, .. })
+            ));
+        }
+        assert_eq!(
+            manifest.canaries_pass(&exact[..7]),
+            Err(CanaryFailure::Count {
+                expected: 8,
+                got: 7
+            })
+        );
+    }
+
+    #[test]
+    fn too_few_canaries_or_one_sign_prove_nothing() {
+        let mut manifest = manifest(Kind::Logistic);
+        let logits: Vec<f32> = manifest.canaries.iter().map(|c| c.logit).collect();
+        manifest.canaries.iter_mut().for_each(|c| c.positive = true);
+        let one_sign = CanaryFailure::TooFew {
+            positive: 8,
+            negative: 0,
+        };
+        assert_eq!(manifest.canaries_pass(&logits), Err(one_sign));
+        manifest.canaries.clear();
+        let none = CanaryFailure::TooFew {
+            positive: 0,
+            negative: 0,
+        };
+        assert_eq!(manifest.canaries_pass(&[]), Err(none));
+    }
+
+    #[test]
+    fn a_bare_gather_means_the_calibrated_one() {
+        let mut manifest = manifest(Kind::Logistic);
+        let (slow, fast) = (Gather::Ema { a: 0.1 }, Gather::Ema { a: 0.5 });
+        manifest.gathers = vec![Gather::Last, slow, fast];
+        manifest.calibrations[0].gather = fast;
+        assert_eq!(manifest.gather(&GatherChoice::Ema), Ok(fast));
+        assert_eq!(manifest.gather(&GatherChoice::Exact(slow)), Ok(slow));
+        let message = manifest
+            .gather(&GatherChoice::KOfN)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.contains("`last`, `ema{0.1}`, `ema{0.5}`"),
+            "{message}"
+        );
+        assert!(manifest.calibration(&fast).is_ok());
+        let message = manifest.calibration(&slow).unwrap_err().to_string();
+        assert!(message.contains("the probe has `ema{0.5}`"), "{message}");
+    }
+
+    #[test]
+    fn positions_round_trip_through_their_names() {
+        for positions in [
+            Positions::LastPromptToken,
+            Positions::PromptContent,
+            Positions::Generated(3),
+            Positions::EveryGenerated,
+        ] {
+            assert_eq!(positions.to_string().parse::<Positions>(), Ok(positions));
+        }
+        for text in [
+            "generated{0}",
+            "generated{-1}",
+            "generated{}",
+            "generated",
+            "all",
+            "",
+        ] {
+            assert!(text.parse::<Positions>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_manifest_round_trips_through_json() {
+        for kind in [Kind::Logistic, Kind::Attention, Kind::TwoLayer] {
+            let manifest = manifest(kind);
+            let json = serde_json::to_string(&manifest).unwrap();
+            assert_eq!(serde_json::from_str::<Manifest>(&json).unwrap(), manifest);
+        }
+    }
+
+    #[test]
+    fn identities_are_short_and_printable() {
+        let mut manifest = crate::testing::logistic().manifest().clone();
+        assert!(manifest.check().is_ok());
+        for id in ["", "a b", "a\nb", &"x".repeat(257)] {
+            manifest.model.weights_id = id.to_owned();
+            assert!(
+                manifest
+                    .check()
+                    .unwrap_err()
+                    .to_string()
+                    .contains("model.weights_id")
+            );
+        }
+    }
+}

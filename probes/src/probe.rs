@@ -278,7 +278,7 @@ impl Head {
         &self.weight[j * d_model..(j + 1) * d_model]
     }
 
-    fn apply(&self, hidden: &[f32]) -> Result<Vec<f32>, ScoreFailure> {
+    pub(crate) fn apply(&self, hidden: &[f32]) -> Result<Vec<f32>, ScoreFailure> {
         if hidden.len().checked_mul(self.out) != Some(self.weight.len()) {
             return Err(ScoreFailure::Shape);
         }
@@ -392,5 +392,178 @@ pub(crate) fn check_values(field: &str, values: &[f32], len: usize) -> Result<()
             format!("value {at} is not finite; fit it again"),
         )),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{attention, logistic, two_layer};
+    use proptest::prelude::*;
+
+    /// What the engine does: folded products, then `finish`.
+    fn scored_in_pass(probe: &Probe, hidden: &[f32]) -> Result<TokenOutput, ScoreFailure> {
+        let length = hidden.iter().map(|h| h * h).sum::<f32>().sqrt();
+        let product = |head: &FoldedHead| -> Vec<f32> {
+            let divisor = if head.unit { length } else { 1.0 };
+            let rows = head.weight.chunks(hidden.len()).zip(&head.bias);
+            rows.map(|(row, bias)| {
+                row.iter()
+                    .zip(hidden)
+                    .map(|(w, h)| w * h / divisor)
+                    .sum::<f32>()
+                    + bias
+            })
+            .collect()
+        };
+        let outputs: Vec<Vec<f32>> = probe.folded_heads().iter().map(product).collect();
+        let outputs: Vec<&[f32]> = outputs.iter().map(Vec::as_slice).collect();
+        probe.finish(&outputs)
+    }
+
+    proptest! {
+        #[test]
+        fn folded_heads_agree_with_the_plain_definition(hidden in proptest::array::uniform3(-200.0_f32..200.0)) {
+            prop_assume!(hidden.iter().any(|h| h.abs() > 1.0));
+            for probe in [logistic(), attention(), two_layer()] {
+                let plain = probe.score_row(|_| &hidden).unwrap();
+                let folded = scored_in_pass(&probe, &hidden).unwrap();
+                let close = |a: f32, b: f32| (a - b).abs() <= 1e-3 * (1.0 + a.abs());
+                prop_assert!(close(plain.logit, folded.logit), "{plain:?} {folded:?}");
+                prop_assert_eq!(plain.key.is_some(), folded.key.is_some());
+                prop_assert!(close(plain.key.unwrap_or(0.0), folded.key.unwrap_or(0.0)));
+            }
+        }
+
+        #[test]
+        fn a_unit_head_ignores_the_length_of_the_state(factor in 0.01_f32..100.0) {
+            let head = crate::testing::head(Site::Embed, 1, InputNorm::Unit);
+            let state = [0.3, -0.7, 2.0];
+            let longer = state.map(|h| h * factor);
+            let (one, other) = (head.apply(&state).unwrap()[0], head.apply(&longer).unwrap()[0]);
+            prop_assert!((one - other).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn each_head_reads_its_own_site() {
+        let probe = logistic();
+        let (at_post, at_mlp) = ([1.0, 2.0, 3.0], [-3.0, 0.5, 1.0]);
+        let logit = probe
+            .score_row(|site| {
+                if site == Site::ResidPost(1) {
+                    &at_post
+                } else {
+                    &at_mlp
+                }
+            })
+            .unwrap()
+            .logit;
+        let heads = probe.heads();
+        let expected = heads[0].apply(&at_post).unwrap()[0] + heads[1].apply(&at_mlp).unwrap()[0];
+        assert!((logit - expected).abs() < 1e-5);
+    }
+
+    #[test]
+    fn an_attention_probe_gives_a_value_and_a_key() {
+        let output = attention().finish(&[&[1.5, -0.5]]).unwrap();
+        assert_eq!(
+            output,
+            TokenOutput {
+                logit: 1.5,
+                key: Some(-0.5)
+            }
+        );
+        assert_eq!(
+            logistic().finish(&[&[1.5], &[1.0]]).unwrap(),
+            TokenOutput::logit(2.5)
+        );
+    }
+
+    #[test]
+    fn a_two_layer_logit_is_the_log_odds_of_the_softmax() {
+        let probe = two_layer();
+        let hidden = [1.0_f32, -1.0, 2.0, 0.5];
+        let (w2, b2) = (&probe.prober().unwrap().w2, &probe.prober().unwrap().b2);
+        let logit = |row: usize| -> f64 {
+            let units = hidden.iter().zip(&w2[row * 4..row * 4 + 4]);
+            f64::from(b2[row]) + units.map(|(h, w)| f64::from(h.max(0.0) * w)).sum::<f64>()
+        };
+        let softmax = logit(1).exp() / (logit(0).exp() + logit(1).exp());
+        let got = f64::from(probe.finish(&[&hidden]).unwrap().logit);
+        assert!((1.0 / (1.0 + (-got).exp()) - softmax).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_state_that_is_not_finite_fails_the_score() {
+        for probe in [logistic(), attention(), two_layer()] {
+            for bad in [f32::NAN, f32::INFINITY] {
+                let hidden = [1.0, bad, 2.0];
+                assert_eq!(probe.score_row(|_| &hidden), Err(ScoreFailure::NotFinite));
+            }
+        }
+        let no_direction = [0.0; 3];
+        assert_eq!(
+            logistic().score_row(|_| &no_direction),
+            Err(ScoreFailure::NotFinite)
+        );
+        assert_eq!(
+            two_layer().finish(&[&[0.0, f32::NAN, 0.0, 0.0]]),
+            Err(ScoreFailure::NotFinite)
+        );
+        assert_eq!(
+            two_layer().finish(&[&[f32::NAN; 4]]),
+            Err(ScoreFailure::NotFinite)
+        );
+    }
+
+    #[test]
+    fn outputs_of_another_shape_fail_the_score() {
+        let probe = logistic();
+        for outputs in [
+            &[][..],
+            &[&[1.0_f32][..]],
+            &[&[1.0, 2.0], &[1.0]],
+            &[&[], &[]],
+        ] {
+            assert_eq!(probe.finish(outputs), Err(ScoreFailure::Shape));
+        }
+        assert_eq!(probe.score_row(|_| &[1.0, 2.0]), Err(ScoreFailure::Shape));
+    }
+
+    #[test]
+    fn a_model_of_another_width_or_depth_is_refused() {
+        let probe = logistic();
+        assert!(probe.check_model(3, 3).is_ok());
+        let message = probe.check_model(4, 3).unwrap_err().to_string();
+        assert!(
+            message.contains("made for `3`, but the loaded model is `4`"),
+            "{message}"
+        );
+        assert!(
+            probe
+                .check_model(3, 2)
+                .unwrap_err()
+                .to_string()
+                .contains("blocks.2.hook_mlp_out")
+        );
+    }
+
+    #[test]
+    fn another_architecture_is_refused_and_other_weights_are_unverified() {
+        let probe = logistic();
+        assert_eq!(
+            probe.identity_against("arch-1", "weights-1"),
+            Ok(Verification::Native)
+        );
+        assert_eq!(
+            probe.identity_against("arch-1", "tuned"),
+            Ok(Verification::Unverified)
+        );
+        let message = probe
+            .identity_against("arch-2", "weights-1")
+            .unwrap_err()
+            .to_string();
+        assert!(message.contains("model.architecture_id"), "{message}");
     }
 }

@@ -182,3 +182,68 @@ impl RefusalHead {
         self.manifest.model.against(architecture_id, weights_id)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{model, with_manifest, with_value};
+    use serde_json::json;
+
+    fn sample() -> RefusalHead {
+        let manifest = RefusalHeadManifest::new("refuses", 2, 3, 5, model());
+        let wave = |len: usize| (0..len).map(|i| (i as f32).cos()).collect();
+        RefusalHead::new(manifest, wave(10), wave(6)).unwrap()
+    }
+
+    fn refused(bytes: &[u8], expected: &str) {
+        let message = RefusalHead::from_bytes(bytes).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message:?} lacks {expected:?}");
+    }
+
+    #[test]
+    fn a_head_round_trips_through_its_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("refuses.safetensors");
+        sample().save(&path).unwrap();
+        let loaded = RefusalHead::load(&path).unwrap();
+        assert_eq!(loaded, sample());
+        assert_eq!(loaded.to_bytes().unwrap(), std::fs::read(&path).unwrap());
+    }
+
+    #[test]
+    fn a_damaged_head_is_refused() {
+        let bytes = sample().to_bytes().unwrap();
+        refused(
+            &with_value(&bytes, "a", 9, f32::INFINITY),
+            "a: value 9 is not finite",
+        );
+        refused(
+            &with_value(&bytes, "b", 0, f32::NAN),
+            "b: value 0 is not finite",
+        );
+        let change = |field: &'static str, value| {
+            with_manifest(&bytes, REFUSAL_HEAD_KEY, |m| m[field] = value)
+        };
+        refused(&change("rank", json!(3)), "has shape [5, 2]");
+        refused(&change("rank", json!(0)), "between 1 and 1024");
+        refused(&change("vocab", json!(1_u64 << 40)), "vocab");
+        refused(&change("name", json!("/x")), "is not a name");
+        refused(&change("surprise", json!(1)), "unknown field `surprise`");
+        refused(&change("format_version", json!(0)), "reads version 1");
+    }
+
+    #[test]
+    fn a_head_that_changes_nothing_is_refused() {
+        let manifest = sample().manifest().clone();
+        let b = sample().b().to_vec();
+        assert!(RefusalHead::new(manifest, vec![0.0; 10], b).is_err());
+    }
+
+    #[test]
+    fn a_model_that_does_not_fit_is_refused() {
+        assert!(sample().check_model(3, 5).is_ok());
+        assert!(sample().check_model(4, 5).is_err());
+        let message = sample().check_model(3, 6).unwrap_err().to_string();
+        assert!(message.contains("vocab"), "{message}");
+    }
+}

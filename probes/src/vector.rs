@@ -167,3 +167,75 @@ impl SteeringVector {
         self.manifest.model.against(architecture_id, weights_id)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{logistic, model, with_manifest, with_value};
+    use serde_json::json;
+
+    fn sample() -> SteeringVector {
+        let norms = NormStatistics {
+            mean: 31.5,
+            std: 4.0,
+            rows: 512,
+        };
+        let manifest = VectorManifest::new("refusal", Site::ResidPost(7), 4, norms, model());
+        SteeringVector::new(manifest, vec![0.5, -1.0, 0.0, 2.0]).unwrap()
+    }
+
+    fn refused(bytes: &[u8], expected: &str) {
+        let message = SteeringVector::from_bytes(bytes).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message:?} lacks {expected:?}");
+    }
+
+    #[test]
+    fn a_vector_round_trips_through_its_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("refusal.safetensors");
+        sample().save(&path).unwrap();
+        let loaded = SteeringVector::load(&path).unwrap();
+        assert_eq!(loaded, sample());
+        assert_eq!(loaded.to_bytes().unwrap(), std::fs::read(&path).unwrap());
+    }
+
+    #[test]
+    fn a_damaged_vector_is_refused() {
+        let bytes = sample().to_bytes().unwrap();
+        refused(
+            &with_value(&bytes, "vector", 2, f32::NAN),
+            "value 2 is not finite",
+        );
+        refused(&bytes[..bytes.len() - 1], "damaged or truncated");
+        let change =
+            |field: &'static str, value| with_manifest(&bytes, VECTOR_KEY, |m| m[field] = value);
+        refused(&change("d_model", json!(5)), "has shape [4]");
+        refused(&change("name", json!("../../x")), "is not a name");
+        refused(&change("surprise", json!(1)), "unknown field `surprise`");
+        refused(&change("format_version", json!(7)), "reads version 1");
+        refused(
+            &change("norms", json!({"mean": 1e300, "std": 0.0, "rows": 1})),
+            "norms",
+        );
+    }
+
+    #[test]
+    fn a_probe_is_not_a_vector() {
+        refused(&logistic().to_bytes().unwrap(), "another kind of file");
+    }
+
+    #[test]
+    fn a_vector_without_direction_is_refused() {
+        let manifest = sample().manifest().clone();
+        let error = SteeringVector::new(manifest, vec![0.0; 4]).unwrap_err();
+        assert!(error.to_string().contains("no direction"), "{error}");
+    }
+
+    #[test]
+    fn a_model_that_does_not_fit_is_refused() {
+        assert!(sample().check_model(4, 8).is_ok());
+        assert!(sample().check_model(5, 8).is_err());
+        assert!(sample().check_model(4, 7).is_err());
+        assert!(sample().identity_against("other", "weights-1").is_err());
+    }
+}
