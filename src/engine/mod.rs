@@ -2,4 +2,6 @@
 
 pub mod event;
 pub mod fold;
+pub mod release;
 pub mod request;
+pub mod sampler;
