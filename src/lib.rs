@@ -3,4 +3,7 @@
 pub mod engine;
 pub mod error;
 pub mod hooks;
+pub mod journal;
 pub mod model;
+pub mod policy;
+pub mod registry;

@@ -130,15 +130,8 @@ impl<'a> HookRun<'a> {
             std::sync::Arc::ptr_eq(&group.stack, &condition.stack)
         };
         let group = self.plan.groups.iter().position(is_stack);
-        let scores = group.and_then(|group| {
-            row_of(
-                self.plan,
-                &self.scores,
-                &self.group_rows,
-                group,
-                steer.row,
-            )
-        });
+        let scores = group
+            .and_then(|group| row_of(self.plan, &self.scores, &self.group_rows, group, steer.row));
         let scores = scores.ok_or_else(|| {
             Error::internal("a conditional intervention on a row that is not scored")
         })?;
@@ -239,23 +232,42 @@ mod tests {
 
     #[test]
     fn an_empty_plan_returns_the_very_state() {
-        assert_eq!(visit(&HookPlan::new(1)), hidden().to_vec2::<f32>().expect("reads"));
+        assert_eq!(
+            visit(&HookPlan::new(1)),
+            hidden().to_vec2::<f32>().expect("reads")
+        );
     }
 
     #[test]
     fn steering_one_row_leaves_its_neighbours_alone() {
         let mut plan = HookPlan::new(1);
-        plan.steer(SITE, 1, InterventionKind::Add { strength: 2.0 }, &vector(), None);
+        plan.steer(
+            SITE,
+            1,
+            InterventionKind::Add { strength: 2.0 },
+            &vector(),
+            None,
+        );
         let (before, after) = (hidden().to_vec2::<f32>().expect("reads"), visit(&plan));
         assert_eq!((&before[0], &before[2]), (&after[0], &after[2]));
-        let expected: Vec<f32> = before[1].iter().zip(vector().iter()).map(|(h, v)| h + 2.0 * v).collect();
+        let expected: Vec<f32> = before[1]
+            .iter()
+            .zip(vector().iter())
+            .map(|(h, v)| h + 2.0 * v)
+            .collect();
         assert_eq!(after[1], expected);
     }
 
     #[test]
     fn steering_by_zero_plans_nothing() {
         let mut plan = HookPlan::new(1);
-        plan.steer(SITE, 1, InterventionKind::Add { strength: 0.0 }, &vector(), None);
+        plan.steer(
+            SITE,
+            1,
+            InterventionKind::Add { strength: 0.0 },
+            &vector(),
+            None,
+        );
         assert!(plan.is_empty());
     }
 
@@ -270,23 +282,57 @@ mod tests {
     fn a_clamp_moves_only_what_is_beyond_its_bound() {
         let before = along(&hidden().to_vec2::<f32>().expect("reads")[2]);
         let mut plan = HookPlan::new(1);
-        plan.steer(SITE, 2, InterventionKind::ClampAbove { bound: before + 1.0 }, &vector(), None);
+        plan.steer(
+            SITE,
+            2,
+            InterventionKind::ClampAbove {
+                bound: before + 1.0,
+            },
+            &vector(),
+            None,
+        );
         assert_eq!(visit(&plan), hidden().to_vec2::<f32>().expect("reads"));
         let mut plan = HookPlan::new(1);
-        plan.steer(SITE, 2, InterventionKind::ClampAbove { bound: before - 1.0 }, &vector(), None);
+        plan.steer(
+            SITE,
+            2,
+            InterventionKind::ClampAbove {
+                bound: before - 1.0,
+            },
+            &vector(),
+            None,
+        );
         assert!((along(&visit(&plan)[2]) - (before - 1.0)).abs() < 1e-6);
         let mut plan = HookPlan::new(1);
-        plan.steer(SITE, 2, InterventionKind::ClampBelow { bound: before + 1.0 }, &vector(), None);
+        plan.steer(
+            SITE,
+            2,
+            InterventionKind::ClampBelow {
+                bound: before + 1.0,
+            },
+            &vector(),
+            None,
+        );
         assert!((along(&visit(&plan)[2]) - (before + 1.0)).abs() < 1e-6);
     }
 
     #[test]
     fn a_capture_sees_what_flows_on() {
         let mut plan = HookPlan::new(1);
-        plan.steer(SITE, 1, InterventionKind::Add { strength: 1.0 }, &vector(), None);
+        plan.steer(
+            SITE,
+            1,
+            InterventionKind::Add { strength: 1.0 },
+            &vector(),
+            None,
+        );
         plan.capture(SITE, 7, 1..3);
         let mut run = HookRun::new(&plan, 3);
-        let out = run.visit(SITE, hidden()).expect("visits").to_vec2::<f32>().expect("reads");
+        let out = run
+            .visit(SITE, hidden())
+            .expect("visits")
+            .to_vec2::<f32>()
+            .expect("reads");
         let captured = run.finish().captured;
         assert_eq!(captured[0].key, 7);
         assert_eq!(captured[0].values, out[1..].concat());

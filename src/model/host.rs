@@ -16,7 +16,10 @@ pub fn read<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
         Storage::Cpu(_) => Err(Error::internal("hidden states are f32")),
         _ => {
             drop(storage);
-            let copy = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let copy = tensor
+                .to_dtype(DType::F32)?
+                .flatten_all()?
+                .to_vec1::<f32>()?;
             Ok(f(&copy))
         }
     }

@@ -229,15 +229,23 @@ fn attend_store<T: Stored>(
             .collect();
         for queries in queries.chunks(QUERIES) {
             let out = &out;
-            attend_queries(q, shape, store, task, queries, scratch, |row, head, values| {
-                let start = (row * shape.heads + head) * shape.head_dim;
-                // SAFETY: each (row, head) of the batch belongs to exactly one task and is
-                // visited once, so the slices are disjoint and inside `out`.
-                #[allow(unsafe_code)]
-                let target =
-                    unsafe { std::slice::from_raw_parts_mut(out.0.add(start), shape.head_dim) };
-                target.copy_from_slice(values);
-            });
+            attend_queries(
+                q,
+                shape,
+                store,
+                task,
+                queries,
+                scratch,
+                |row, head, values| {
+                    let start = (row * shape.heads + head) * shape.head_dim;
+                    // SAFETY: each (row, head) of the batch belongs to exactly one task and is
+                    // visited once, so the slices are disjoint and inside `out`.
+                    #[allow(unsafe_code)]
+                    let target =
+                        unsafe { std::slice::from_raw_parts_mut(out.0.add(start), shape.head_dim) };
+                    target.copy_from_slice(values);
+                },
+            );
         }
     };
     if work < PARALLEL_WORK {
@@ -320,7 +328,11 @@ impl BlockView<'_> {
     }
 }
 
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+fma", "x86_64+avx2+fma", "aarch64+neon"))]
+#[multiversion(targets(
+    "x86_64+avx512f+avx512vl+avx512bw+fma",
+    "x86_64+avx2+fma",
+    "aarch64+neon"
+))]
 fn score_blocks<T: Stored>(
     store: &Store<T>,
     view: &BlockView<'_>,
@@ -351,7 +363,11 @@ fn score_blocks<T: Stored>(
 }
 
 /// Turns `scores[low..]` into `e^(score - max)` and returns their sum.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+fma", "x86_64+avx2+fma", "aarch64+neon"))]
+#[multiversion(targets(
+    "x86_64+avx512f+avx512vl+avx512dq+fma",
+    "x86_64+avx2+fma",
+    "aarch64+neon"
+))]
 fn soften(scores: &mut [f32], low: usize) -> f32 {
     let seen = &mut scores[low..];
     let max = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -371,7 +387,11 @@ fn soften(scores: &mut [f32], low: usize) -> f32 {
     lanes.iter().fold(total, |total, lane| total + lane)
 }
 
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+fma", "x86_64+avx2+fma", "aarch64+neon"))]
+#[multiversion(targets(
+    "x86_64+avx512f+avx512vl+avx512bw+fma",
+    "x86_64+avx2+fma",
+    "aarch64+neon"
+))]
 fn weigh_values<T: Stored>(
     store: &Store<T>,
     view: &BlockView<'_>,
@@ -437,7 +457,11 @@ mod tests {
     }
 
     /// A layer with `len` positions of seeded K and V in shuffled blocks.
-    fn filled(shape: &AttentionShape, len: usize, kv_type: KvType) -> (KvLayer, Vec<u32>, Vec<f32>, Vec<f32>) {
+    fn filled(
+        shape: &AttentionShape,
+        len: usize,
+        kv_type: KvType,
+    ) -> (KvLayer, Vec<u32>, Vec<f32>, Vec<f32>) {
         let width = shape.kv_width();
         let (keys, values) = (seeded(len * width, 1), seeded(len * width, 2));
         let count = len.div_ceil(KV_BLOCK);
@@ -456,7 +480,15 @@ mod tests {
     }
 
     /// The definition, in f64.
-    fn reference(shape: &AttentionShape, q: &[f32], keys: &[f32], values: &[f32], start: usize, row: usize, head: usize) -> Vec<f64> {
+    fn reference(
+        shape: &AttentionShape,
+        q: &[f32],
+        keys: &[f32],
+        values: &[f32],
+        start: usize,
+        row: usize,
+        head: usize,
+    ) -> Vec<f64> {
         let (dim, width) = (shape.head_dim, shape.kv_width());
         let kv = head / (shape.heads / shape.kv_heads) * dim;
         let position = start + row;
@@ -465,7 +497,11 @@ mod tests {
         let scores: Vec<f64> = (low..=position)
             .map(|p| {
                 let key = &keys[p * width + kv..][..dim];
-                q.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() * f64::from(shape.scale)
+                q.iter()
+                    .zip(key)
+                    .map(|(q, k)| f64::from(*q) * f64::from(*k))
+                    .sum::<f64>()
+                    * f64::from(shape.scale)
             })
             .collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -473,7 +509,12 @@ mod tests {
         let total: f64 = weights.iter().sum();
         (0..dim)
             .map(|d| {
-                weights.iter().enumerate().map(|(i, w)| w * f64::from(values[(low + i) * width + kv + d])).sum::<f64>() / total
+                weights
+                    .iter()
+                    .enumerate()
+                    .map(|(i, w)| w * f64::from(values[(low + i) * width + kv + d]))
+                    .sum::<f64>()
+                    / total
             })
             .collect()
     }

@@ -122,7 +122,11 @@ pub(super) fn exp_inline(x: f32) -> f32 {
 }
 
 /// `out = silu(gate) * up` for rows of `gate_up`: `[rows, 2 * width]`, gate first.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+fma", "x86_64+avx2+fma", "aarch64+neon"))]
+#[multiversion(targets(
+    "x86_64+avx512f+avx512vl+avx512dq+fma",
+    "x86_64+avx2+fma",
+    "aarch64+neon"
+))]
 pub fn silu_mul(gate_up: &[f32], width: usize, out: &mut [f32]) {
     for (row, out) in gate_up
         .chunks_exact(2 * width)
@@ -136,7 +140,11 @@ pub fn silu_mul(gate_up: &[f32], width: usize, out: &mut [f32]) {
 }
 
 /// `out = gelu(gate) * up` with the tanh form of GELU (Hendrycks and Gimpel 2016), as Gemma uses it.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+fma", "x86_64+avx2+fma", "aarch64+neon"))]
+#[multiversion(targets(
+    "x86_64+avx512f+avx512vl+avx512dq+fma",
+    "x86_64+avx2+fma",
+    "aarch64+neon"
+))]
 pub fn gelu_tanh_mul(gate_up: &[f32], width: usize, out: &mut [f32]) {
     const SQRT_2_OVER_PI: f32 = 0.797_884_6;
     for (row, out) in gate_up
@@ -196,7 +204,11 @@ mod tests {
         rope(&mut x, &[1.0, 1.0], &[0.0, 0.0]);
         assert_eq!(x, [0.3, -0.7, 0.1, 0.9]);
         let before = l2_norm(&x);
-        rope(&mut x, &[0.5f32.cos(), 0.05f32.cos()], &[0.5f32.sin(), 0.05f32.sin()]);
+        rope(
+            &mut x,
+            &[0.5f32.cos(), 0.05f32.cos()],
+            &[0.5f32.sin(), 0.05f32.sin()],
+        );
         assert!((l2_norm(&x) - before).abs() < 1e-6);
     }
 }

@@ -69,7 +69,11 @@ impl Weight for bf16 {
 impl PackedMatrix {
     /// Packs `weight`, row-major `[outputs, inputs]`; its length must be the product.
     pub fn pack(weight: &[f32], outputs: usize, inputs: usize, format: WeightFormat) -> Self {
-        assert_eq!(weight.len(), outputs * inputs, "weight is [outputs, inputs]");
+        assert_eq!(
+            weight.len(),
+            outputs * inputs,
+            "weight is [outputs, inputs]"
+        );
         let panels = match format {
             WeightFormat::F32 => Panels::F32(pack(weight, outputs, inputs)),
             WeightFormat::Bf16 => Panels::Bf16(pack(weight, outputs, inputs)),
@@ -136,10 +140,7 @@ impl PackedMatrix {
                 // are visited once each, so no two slices overlap.
                 #[allow(unsafe_code)]
                 let target = unsafe {
-                    std::slice::from_raw_parts_mut(
-                        out.0.add(row * outputs + index * PANEL),
-                        width,
-                    )
+                    std::slice::from_raw_parts_mut(out.0.add(row * outputs + index * PANEL), width)
                 };
                 target.copy_from_slice(&values[..width]);
             });

@@ -1,0 +1,330 @@
+//! What a decision was made from, and the same decision made again from it.
+//! Plain data for the journal; the engine fills it in, times included. Knows no clock and no disk.
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use inwit_probes::TokenOutput;
+
+use super::{Action, Decision, Mode, Policy, PolicyState, Reading};
+use crate::error::{Error, Result};
+
+/// One finished request: enough to decide it again, under this policy or another.
+/// Holds no prompt text and no answer text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DecisionRecord {
+    pub request_id: String,
+    /// Content hash of the snapshot that the request was pinned to.
+    pub snapshot_hash: String,
+    pub policy: PolicyIdentity,
+    pub mode: Mode,
+    /// In the order of `outputs` in the steps.
+    pub probes: Vec<ProbeIdentity>,
+    pub prompt: PromptRecord,
+    /// Every pass and every decision, in order, over all attempts of generation.
+    pub steps: Vec<DecisionStep>,
+    /// What the engine did, or would have done, in order.
+    pub actions: Vec<ActionTaken>,
+    /// The most severe action decided.
+    pub action: Action,
+    /// As in the reply, e.g. `stop` or `refused_by_policy`; the error's name where there is none.
+    pub finish_reason: String,
+    pub out_of_domain: bool,
+    pub partially_monitored: bool,
+    pub timings: TimingsRecord,
+    pub tokens: TokenCounts,
+    pub sampling: SamplingRecord,
+    /// Which kernels ran: across different ones, logits agree within a tolerance only.
+    pub kernel_identity: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyIdentity {
+    pub name: String,
+    pub revision: u64,
+    pub hash: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProbeIdentity {
+    pub name: String,
+    pub revision: u64,
+    pub content_hash: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PromptRecord {
+    /// Keyed, so that nobody without the key can test a guess.
+    pub keyed_hash: String,
+    /// Position of the first content token.
+    pub content_start: u32,
+}
+
+/// What went into the policy and what came out, in the order of the calls on `PolicyState`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "step", rename_all = "snake_case", deny_unknown_fields)]
+pub enum DecisionStep {
+    Prompt {
+        position: u32,
+        in_content: bool,
+        is_last: bool,
+        outputs: Vec<Option<LoggedOutput>>,
+    },
+    Generated {
+        /// Counted from 1.
+        k: u32,
+        position: u32,
+        outputs: Vec<Option<LoggedOutput>>,
+    },
+    EndOfAnswer {
+        tokens: u32,
+    },
+    Decided {
+        decision: Decision,
+        /// The gathered scores that it was made on.
+        readings: Vec<Reading>,
+    },
+    Rewind,
+}
+
+/// One probe's output for one token, exactly: a failure must fail again.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoggedOutput {
+    #[serde(with = "exact")]
+    pub logit: f32,
+    #[serde(
+        default,
+        with = "exact_option",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub key: Option<f32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ActionTaken {
+    pub rule: String,
+    pub action: Action,
+    /// Decided and recorded, not acted upon.
+    pub shadow: bool,
+    /// Generated tokens consumed when it was decided, in its attempt; 0 at the prompt.
+    pub at_token: u32,
+    /// Counted from 0.
+    pub attempt: u32,
+}
+
+/// Milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TimingsRecord {
+    /// Since the Unix epoch.
+    pub finished_at_ms: u64,
+    pub queued_ms: f64,
+    pub to_first_token_ms: Option<f64>,
+    pub total_ms: f64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenCounts {
+    pub prompt: u32,
+    pub completion: u32,
+    pub cached: u32,
+    /// Decoded and never part of the answer.
+    pub withheld: u32,
+}
+
+/// How tokens were chosen. Stop strings are the caller's text, so only their number is kept.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SamplingRecord {
+    pub seed: u64,
+    pub max_tokens: u32,
+    /// 0 is greedy.
+    pub temperature: f32,
+    pub top_k: Option<u32>,
+    pub top_p: Option<f32>,
+    pub min_p: Option<f32>,
+    pub repetition_penalty: Option<f32>,
+    pub presence_penalty: Option<f32>,
+    pub frequency_penalty: Option<f32>,
+    pub stop_strings: u32,
+    pub stop_tokens: Vec<u32>,
+}
+
+/// Takes finished decisions. Called by the engine before a request's end is told, so it must not
+/// block; a sink that cannot keep up counts what it drops.
+pub trait DecisionSink: Send + Sync {
+    fn record(&self, record: DecisionRecord);
+}
+
+/// What a policy makes of recorded outputs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Outcome {
+    /// The most severe action.
+    pub action: Action,
+    /// One per recorded decision.
+    pub decisions: Vec<Decision>,
+    /// After the last step.
+    pub readings: Vec<Reading>,
+}
+
+impl DecisionRecord {
+    /// The decisions as they were recorded.
+    pub fn decisions(&self) -> impl Iterator<Item = &Decision> {
+        self.steps.iter().filter_map(|step| match step {
+            DecisionStep::Decided { decision, .. } => Some(decision),
+            _ => None,
+        })
+    }
+}
+
+/// Runs a policy over a record's outputs: under the same policy it gives the recorded decisions;
+/// under another, what that one would have decided on the tokens that were generated, its rewinds
+/// being those of the record. Probes are found by name.
+///
+/// Fails when the policy reads a probe that the record does not hold.
+pub fn replay(policy: &Policy, record: &DecisionRecord) -> Result<Outcome> {
+    let order = probe_order(policy, record)?;
+    let arranged = |outputs: &[Option<LoggedOutput>]| -> Vec<Option<TokenOutput>> {
+        let output = |place: &Option<usize>| place.and_then(|i| *outputs.get(i)?);
+        order
+            .iter()
+            .map(|place| output(place).map(Into::into))
+            .collect()
+    };
+    let mut state = PolicyState::new(policy);
+    let mut decisions = Vec::new();
+    for step in &record.steps {
+        match step {
+            DecisionStep::Prompt {
+                position,
+                in_content,
+                is_last,
+                outputs,
+            } => state.observe_prompt(policy, *position, *in_content, *is_last, &arranged(outputs)),
+            DecisionStep::Generated {
+                k,
+                position,
+                outputs,
+            } => state.observe_generated(policy, *k, *position, &arranged(outputs)),
+            DecisionStep::EndOfAnswer { tokens } => state.end_of_answer(policy, *tokens),
+            DecisionStep::Decided { .. } => decisions.push(state.decide(policy)),
+            DecisionStep::Rewind => state.rewind(policy),
+        }
+    }
+    Ok(Outcome {
+        action: state.action(),
+        decisions,
+        readings: state.readings(policy),
+    })
+}
+
+/// For each of the policy's probe indices, the place of that probe in the record.
+fn probe_order(policy: &Policy, record: &DecisionRecord) -> Result<Vec<Option<usize>>> {
+    let mut order = Vec::new();
+    for detector in &policy.detectors {
+        let place = record
+            .probes
+            .iter()
+            .position(|probe| probe.name == *detector.probe_name);
+        let place = place.ok_or_else(|| Error::FailedPrecondition {
+            subject: format!("policy `{}`, detector `{}`", policy.name, detector.name),
+            message: format!(
+                "the record of `{}` holds no scores of probe `{}`; replay a policy over the \
+                 probes that were loaded then",
+                record.request_id, detector.probe_name
+            ),
+        })?;
+        if order.len() <= detector.probe {
+            order.resize(detector.probe + 1, None);
+        }
+        order[detector.probe] = Some(place);
+    }
+    Ok(order)
+}
+
+impl From<TokenOutput> for LoggedOutput {
+    fn from(TokenOutput { logit, key }: TokenOutput) -> Self {
+        Self { logit, key }
+    }
+}
+
+impl From<LoggedOutput> for TokenOutput {
+    fn from(LoggedOutput { logit, key }: LoggedOutput) -> Self {
+        Self { logit, key }
+    }
+}
+
+/// Numbers as numbers; those that JSON has none for as `"nan"`, `"inf"` and `"-inf"`.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Exact {
+    Number(f32),
+    Named(Named),
+}
+
+#[derive(Serialize, Deserialize)]
+enum Named {
+    #[serde(rename = "nan")]
+    Nan,
+    #[serde(rename = "inf")]
+    Infinity,
+    #[serde(rename = "-inf")]
+    NegativeInfinity,
+}
+
+impl From<f32> for Exact {
+    fn from(x: f32) -> Self {
+        match x {
+            x if x.is_nan() => Self::Named(Named::Nan),
+            f32::INFINITY => Self::Named(Named::Infinity),
+            f32::NEG_INFINITY => Self::Named(Named::NegativeInfinity),
+            x => Self::Number(x),
+        }
+    }
+}
+
+impl From<Exact> for f32 {
+    fn from(exact: Exact) -> Self {
+        match exact {
+            Exact::Number(x) => x,
+            Exact::Named(Named::Nan) => f32::NAN,
+            Exact::Named(Named::Infinity) => f32::INFINITY,
+            Exact::Named(Named::NegativeInfinity) => f32::NEG_INFINITY,
+        }
+    }
+}
+
+mod exact {
+    use super::{Deserialize, Deserializer, Exact, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(x: &f32, serializer: S) -> Result<S::Ok, S::Error> {
+        Exact::from(*x).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(source: D) -> Result<f32, D::Error> {
+        Exact::deserialize(source).map(f32::from)
+    }
+}
+
+mod exact_option {
+    use super::{Deserialize, Deserializer, Exact, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        x: &Option<f32>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        x.map(Exact::from).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        source: D,
+    ) -> Result<Option<f32>, D::Error> {
+        Ok(Option::<Exact>::deserialize(source)?.map(f32::from))
+    }
+}
