@@ -294,7 +294,7 @@ impl Tokenizer {
     }
 
     /// Special, other than the token for what a vocabulary cannot spell.
-    fn is_control(&self, id: u32) -> bool {
+    pub(crate) fn is_control(&self, id: u32) -> bool {
         self.is_special(id) && Some(id) != self.inner.unknown
     }
 }
