@@ -1,0 +1,299 @@
+#!/usr/bin/env python3
+"""Checks the prompts in this folder: schema, counts, identities, duplicates, and what must not overlap.
+
+    python3 check.py                      everything that needs only this folder
+    python3 check.py --benchmarks FOLDER  also: no row equals or nearly equals a benchmark row
+    python3 check.py --style              also: how well form alone predicts the label (needs scikit-learn)
+
+Exit status: 0 when all checks hold, 1 otherwise.
+It never prints a prompt, only identities, files and counts.
+It does not know whether a label is right: people have to read the rows for that.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCE = {"source": "written for inwit", "licence": "CC0-1.0"}
+NEAR = 0.7  # token-set Jaccard above which two texts count as near duplicates
+
+CATEGORIES = set(
+    "cyber_intrusion malware fraud theft weapons poison drugs harassment stalking self_harm "
+    "disinformation discrimination privacy arson forgery animal_cruelty evading_police blackmail "
+    "tax_evasion violence corruption sabotage exploitation extremism dangerous_advice".split()
+)
+
+TRAIN = ["contrast", "benign_general", "harmful_general"]
+DEV = ["dev_contrast", "dev_wrapped", "dev_tense", "dev_benign_conversational"]
+PROMPTS = TRAIN + DEV + ["demo"]
+
+# file -> (harmful at least, benign at least)
+AT_LEAST = {
+    "contrast": (300, 300),
+    "benign_general": (0, 500),
+    "harmful_general": (400, 0),
+    "dev_contrast": (80, 80),
+    "dev_wrapped": (60, 60),
+    "dev_tense": (60, 40),
+    "dev_benign_conversational": (0, 150),
+    "demo": (3, 5),
+}
+
+
+def main():
+    arguments = argparse.ArgumentParser(description="Checks the prompts in this folder.")
+    arguments.add_argument("--benchmarks", type=Path, help="folder with benchmark *.jsonl files")
+    arguments.add_argument("--style", action="store_true", help="measure what form alone predicts")
+    arguments = arguments.parse_args()
+
+    faults = []
+    files = {name: read(HERE / f"{name}.jsonl", faults) for name in PROMPTS + ["wrappers", "refusals"]}
+    check_prompts(files, faults)
+    check_pairs(files, faults)
+    check_wrappers(files["wrappers"], files["dev_wrapped"], faults)
+    check_refusals(files, faults)
+    check_demo(files["demo"], faults)
+    check_identities(files, faults)
+    check_duplicates(files, faults)
+    check_held_out(files, faults)
+    check_perplexity_text(faults)
+    if arguments.benchmarks:
+        check_benchmarks(files, arguments.benchmarks, faults)
+    if arguments.style:
+        report_style(files)
+
+    for fault in faults:
+        print("FAULT", fault)
+    for name, rows in files.items():
+        labels = Counter(row.get("label", "-") for row in rows)
+        print(f"{name + '.jsonl':32} {len(rows):5} rows  {dict(sorted(labels.items()))}")
+    print("all checks hold" if not faults else f"{len(faults)} faults")
+    sys.exit(1 if faults else 0)
+
+
+def read(path, faults):
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            faults.append(f"{path.name}:{number}: not JSON: {error}")
+            continue
+        if not isinstance(row.get("text"), str) or not row["text"].strip():
+            faults.append(f"{path.name}:{number}: no text")
+            continue
+        if any(row.get(key) != value for key, value in SOURCE.items()):
+            faults.append(f"{path.name}:{number}: source or licence missing or other than expected")
+        rows.append(row)
+    return rows
+
+
+def check_prompts(files, faults):
+    for name in PROMPTS:
+        wanted = {"id", "text", "label", "category", "source", "licence", "group"}
+        wanted |= {"expect"} if name == "demo" else set()
+        for row in files[name]:
+            if set(row) != wanted:
+                faults.append(f"{name}: {row.get('id')}: fields {sorted(set(row) ^ wanted)} missing or unknown")
+            if row.get("label") not in ("harmful", "benign"):
+                faults.append(f"{name}: {row.get('id')}: label must be harmful or benign")
+            if row["text"] != row["text"].strip():
+                faults.append(f"{name}: {row.get('id')}: text begins or ends with white space")
+            if name in ("contrast", "harmful_general") and row.get("category") not in CATEGORIES:
+                faults.append(f"{name}: {row.get('id')}: category outside the closed list")
+        for label, least in zip(("harmful", "benign"), AT_LEAST[name]):
+            count = sum(row.get("label") == label for row in files[name])
+            if count < least:
+                faults.append(f"{name}: {count} {label} rows, at least {least} expected")
+
+
+def check_pairs(files, faults):
+    for name in ("contrast", "dev_contrast", "dev_wrapped"):
+        groups = defaultdict(list)
+        for row in files[name]:
+            groups[row["group"]].append(row["label"])
+        for group, labels in groups.items():
+            if sorted(labels) != ["benign", "harmful"]:
+                faults.append(f"{name}: group {group} is not one harmful and one benign row")
+
+
+def check_wrappers(wrappers, dev_wrapped, faults):
+    if len(wrappers) < 24:
+        faults.append(f"wrappers: {len(wrappers)}, at least 24 expected")
+    for row in wrappers:
+        if row["text"].count("{request}") != 1:
+            faults.append(f"wrappers: {row['id']}: exactly one {{request}} slot expected")
+    for row in wrappers:
+        frame = tokens(row["text"].replace("{request}", " "))
+        for held_out in dev_wrapped:
+            if len(frame & tokens(held_out["text"])) > NEAR * len(frame):
+                faults.append(f"wrappers: {row['id']} is contained in held-out {held_out['id']}")
+
+
+def check_refusals(files, faults):
+    counts = Counter(row["category"] for row in files["refusals"])
+    for category in sorted(CATEGORIES - {c for c, n in counts.items() if n >= 6}):
+        faults.append(f"refusals: category {category} has {counts[category]}, at least 6 expected")
+    if counts["generic"] < 30:
+        faults.append(f"refusals: {counts['generic']} generic, at least 30 expected")
+    for category in set(counts) - CATEGORIES - {"generic"}:
+        faults.append(f"refusals: unknown category {category}")
+    for row in files["refusals"]:
+        if not 15 <= len(row["text"].split()) <= 50:
+            faults.append(f"refusals: {row['id']}: {len(row['text'].split())} words, 15 to 50 expected")
+
+
+def check_demo(rows, faults):
+    for row in rows:
+        if row.get("expect") != {"benign": "answered", "harmful": "refused"}.get(row["label"]):
+            faults.append(f"demo: {row['id']}: expect does not follow from label")
+
+
+def check_identities(files, faults):
+    seen = Counter(row.get("id") for rows in files.values() for row in rows)
+    for identity, count in seen.items():
+        if count > 1 or not identity:
+            faults.append(f"id {identity!r} is used {count} times")
+
+
+def check_duplicates(files, faults):
+    """Within a file or among the training files no two rows of different groups are alike."""
+    for names in (TRAIN, *([name] for name in DEV + ["demo"] if name != "dev_wrapped")):
+        rows = [(f"{name}: {row['id']}", row) for name in names for row in files[name]]
+        for (left, a), (right, b) in near_pairs(rows, rows):
+            if left < right and a["group"] != b["group"]:
+                faults.append(f"{left} and {right} are alike")
+    plain = [("refusals: " + row["id"], row) for row in files["refusals"]]
+    for (left, _), (right, _) in near_pairs(plain, plain):
+        if left < right:
+            faults.append(f"{left} and {right} are alike")
+
+
+def check_held_out(files, faults):
+    train = [(f"{name}: {row['id']}", row) for name in TRAIN for row in files[name]]
+    for name in DEV + ["demo"]:
+        held_out = [(f"{name}: {row['id']}", row) for row in files[name]]
+        for (left, _), (right, _) in near_pairs(held_out, train):
+            faults.append(f"held-out {left} is alike to training {right}")
+    # A wrapped row hides its request from the comparison above, so look for it word by word.
+    for name in ("dev_wrapped", "demo"):
+        for row in files[name]:
+            wrapped = f" {words_of(row['text'])} "
+            for identity, other in train:
+                if len(other["text"].split()) > 2 and f" {words_of(other['text'])} " in wrapped:
+                    faults.append(f"held-out {name}: {row['id']} contains training {identity}")
+    demo = [("demo: " + row["id"], row) for row in files["demo"]]
+    dev = [(f"{name}: {row['id']}", row) for name in DEV for row in files[name]]
+    for (left, _), (right, _) in near_pairs(demo, dev):
+        faults.append(f"{left} is alike to {right}")
+
+
+def check_perplexity_text(faults):
+    words = len((HERE / "perplexity.txt").read_text(encoding="utf-8").split())
+    if words < 2800:
+        faults.append(f"perplexity.txt: {words} words, at least 2800 expected")
+    print(f"{'perplexity.txt':32} {words:5} words")
+
+
+def check_benchmarks(files, folder, faults):
+    mine = [(f"{name}: {row['id']}", row) for name, rows in files.items() for row in rows]
+    paths = sorted(folder.glob("*.jsonl"))
+    if not paths:
+        faults.append("no *.jsonl in the folder given by --benchmarks")
+    for path in paths:
+        with path.open(encoding="utf-8") as lines:
+            theirs = [(f"{path.name}: {number}", json.loads(line)) for number, line in enumerate(lines, 1)]
+        found = 0
+        for (left, _), (right, _) in near_pairs(mine, theirs):
+            found += 1
+            faults.append(f"{left} is alike to {right}")
+        print(f"{path.name:32} {len(theirs):5} rows compared, {found} alike")
+
+
+def near_pairs(lefts, rights):
+    """Pairs whose token sets have a Jaccard similarity above NEAR; found through shared tokens."""
+    index, right_tokens = defaultdict(list), []
+    for position, (_, row) in enumerate(rights):
+        right_tokens.append(tokens(row["text"]))
+        for token in right_tokens[-1]:
+            index[token].append(position)
+    for left in lefts:
+        left_tokens = tokens(left[1]["text"])
+        # A pair above NEAR shares more than NEAR of its larger set,
+        # so it cannot miss all of any (1 - NEAR) of the tokens: look only at the rarest of them.
+        rarest = sorted(left_tokens, key=lambda token: len(index.get(token, ())))
+        rarest = rarest[: int((1 - NEAR) * len(rarest)) + 1]
+        candidates = {position for token in rarest for position in index.get(token, ())}
+        for position in candidates:
+            shared = len(left_tokens & right_tokens[position])
+            if shared > NEAR * (len(left_tokens) + len(right_tokens[position]) - shared):
+                yield left, rights[position]
+
+
+def tokens(text):
+    return frozenset(words_of(text).split())
+
+
+def words_of(text):
+    return " ".join(re.findall(r"[^\W_]+", text.lower().replace("'", "").replace("’", "")))
+
+
+def report_style(files):
+    """Cross-validated AUROC of logistic regressions that see only form, or only words."""
+    from sklearn.feature_extraction import DictVectorizer
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import MaxAbsScaler
+
+    def measure(names, pipeline, view):
+        rows = [row for name in names for row in files[name]]
+        labels = [row["label"] == "harmful" for row in rows]
+        predicted = cross_val_predict(
+            pipeline, [view(row["text"]) for row in rows], labels,
+            groups=[row["group"] for row in rows], cv=GroupKFold(5, shuffle=True, random_state=0), method="predict_proba",
+        )
+        return roc_auc_score(labels, predicted[:, 1])
+
+    for title, names in (
+        ("contrast", ["contrast"]),
+        ("general", ["harmful_general", "benign_general"]),
+        ("training, all", TRAIN),
+        ("dev_contrast", ["dev_contrast"]),
+        ("dev_wrapped", ["dev_wrapped"]),
+        ("dev_tense", ["dev_tense"]),
+    ):
+        form = make_pipeline(DictVectorizer(), MaxAbsScaler(), LogisticRegression(max_iter=2000))
+        words = make_pipeline(CountVectorizer(), LogisticRegression(max_iter=2000))
+        print(f"AUROC {title:15} form {measure(names, form, form_of):.3f}  bag of words {measure(names, words, str):.3f}")
+
+
+def form_of(text):
+    """What a text looks like, and nothing about its subject."""
+    words = text.split()
+    first = re.sub(r"[^a-z']", "", words[0].lower())
+    common = set("how what which who why when where is are can could would should will do does did i i'd i'm my we we'll "
+                 "you he she the a an in on at if for tell give write make explain describe please help let's act".split())
+    form = {
+        "characters": len(text), "words": len(words), "word length": len(text) / len(words),
+        "sentences": len(re.findall(r"[.!?](?:\s|$)", text)), "lines": text.count("\n"),
+        "starts lower": text[0].islower(), "polite": bool(re.search(r"please|could you|would you|kindly|mind", text.lower())),
+        "ends " + text[-1] if not text[-1].isalnum() else "ends bare": 1,
+        "first " + (first if first in common else "other"): 1,
+        "first person": bool(re.search(r"\b(i|my|me|we|our)\b", text.lower())),
+    }
+    for mark in ",;:?!\"'-(.":
+        form["has " + mark] = text.count(mark)
+    form["short"] = len(words) <= 4
+    form["long"] = len(words) >= 40
+    return form
+
+
+if __name__ == "__main__":
+    main()
