@@ -1,0 +1,282 @@
+//! The events of one request, under its deadline and the server's drain.
+//! Knows the order of events, not what they mean to a caller. Dropping it cancels the request.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use futures::StreamExt;
+use futures::stream::{self, BoxStream, Stream};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use super::call::Call;
+use crate::engine::event::Event;
+use crate::error::{Error, Result};
+
+pub(super) struct Running {
+    events: BoxStream<'static, Event>,
+    stop: CancellationToken,
+    call: Call,
+    started: Option<Instant>,
+    tokens: u32,
+    ended: bool,
+}
+
+impl Running {
+    /// `stop` ends it when the server can wait no longer.
+    pub(super) fn new(
+        events: impl Stream<Item = Event> + Send + 'static,
+        call: Call,
+        stop: CancellationToken,
+    ) -> Self {
+        Self {
+            events: events.boxed(),
+            stop,
+            call,
+            started: None,
+            tokens: 0,
+            ended: false,
+        }
+    }
+
+    /// The next event; an error is the last. `None` after `Completed` or an error.
+    pub(super) async fn next(&mut self) -> Option<Result<Event>> {
+        if self.ended {
+            return None;
+        }
+        let event = self.wait().await;
+        match &event {
+            Ok(Event::Started(_)) => self.started = Some(Instant::now()),
+            Ok(Event::Delta(delta)) => {
+                let count = u32::try_from(delta.token_ids.len()).unwrap_or(u32::MAX);
+                self.tokens = self.tokens.saturating_add(count);
+            }
+            Ok(Event::Completed(_)) | Err(_) => self.end(),
+            Ok(_) => {}
+        }
+        Some(event)
+    }
+
+    /// Cancels what is still running.
+    fn end(&mut self) {
+        self.ended = true;
+        self.events = stream::empty().boxed();
+    }
+
+    async fn wait(&mut self) -> Result<Event> {
+        let deadline = tokio::time::Instant::from_std(self.call.deadline);
+        tokio::select! {
+            // What has happened is told before what is late.
+            biased;
+            event = self.events.next() => match event {
+                Some(Event::Failed(error)) => Err(error),
+                Some(event) => Ok(event),
+                None => Err(Error::Unavailable("the engine has stopped".into())),
+            },
+            () = self.stop.cancelled() => {
+                Err(Error::Unavailable("the server is shutting down".into()))
+            }
+            () = tokio::time::sleep_until(deadline) => Err(self.late()),
+        }
+    }
+
+    fn late(&self) -> Error {
+        let queued = self.started.unwrap_or_else(Instant::now) - self.call.arrived;
+        Error::DeadlineExceeded {
+            queue_ms: u64::try_from(queued.as_millis()).unwrap_or(u64::MAX),
+            tokens_done: self.tokens,
+        }
+    }
+
+    /// The messages of a streaming reply: `items` makes any number from an event, `number` counts
+    /// them from 0. An error of `items` cancels the request and ends the stream.
+    pub(super) fn into_stream<Item, Message>(
+        self,
+        items: impl FnMut(Event) -> Result<Vec<Item>> + Send + 'static,
+        number: impl Fn(u64, Item) -> Message + Send + 'static,
+    ) -> BoxStream<'static, Result<Message, Status>>
+    where
+        Item: Send + 'static,
+        Message: Send + 'static,
+    {
+        let source = Numbered {
+            running: self,
+            items,
+            number,
+            pending: VecDeque::new(),
+            count: 0,
+        };
+        stream::unfold(source, |mut source| async move {
+            let message = source.next().await?;
+            Some((message, source))
+        })
+        .boxed()
+    }
+}
+
+struct Numbered<Items, Number, Item> {
+    running: Running,
+    items: Items,
+    number: Number,
+    pending: VecDeque<Item>,
+    count: u64,
+}
+
+impl<Items, Number, Item, Message> Numbered<Items, Number, Item>
+where
+    Items: FnMut(Event) -> Result<Vec<Item>>,
+    Number: Fn(u64, Item) -> Message,
+{
+    async fn next(&mut self) -> Option<Result<Message, Status>> {
+        loop {
+            if let Some(item) = self.pending.pop_front() {
+                let message = (self.number)(self.count, item);
+                self.count += 1;
+                return Some(Ok(message));
+            }
+            let event = self.running.next().await?;
+            match event.and_then(&mut self.items) {
+                Ok(items) => self.pending.extend(items),
+                Err(error) => {
+                    self.running.end();
+                    return Some(Err(self.running.call.status(&error)));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use tonic::Code;
+    use tonic::metadata::MetadataMap;
+
+    use super::*;
+    use crate::engine::event::{Delta, Started};
+    use crate::rpc::call::Deadlines;
+    use crate::rpc::reply::tests::completed;
+
+    fn call(timeout: Duration) -> Call {
+        let deadlines = Deadlines {
+            default: timeout,
+            max: timeout,
+        };
+        Call::begin(&MetadataMap::new(), "r1", deadlines).expect("begins")
+    }
+
+    fn started() -> Event {
+        Event::Started(Started {
+            policy_revision: 1,
+            cached_tokens: 0,
+        })
+    }
+
+    fn delta(tokens: &[u32]) -> Event {
+        Event::Delta(Delta {
+            token_ids: tokens.to_vec(),
+            ..Delta::default()
+        })
+    }
+
+    fn end() -> Event {
+        Event::Completed(Box::new(completed()))
+    }
+
+    fn running(events: Vec<Event>, then: BoxStream<'static, Event>) -> Running {
+        let stop = CancellationToken::new();
+        Running::new(stream::iter(events).chain(then), call(Duration::from_secs(60)), stop)
+    }
+
+    /// Stands for the engine's side of a request: knows when nobody listens any more.
+    fn open(guard: Arc<()>) -> BoxStream<'static, Event> {
+        stream::pending().inspect(move |_| _ = &guard).boxed()
+    }
+
+    async fn all(running: &mut Running) -> Vec<Result<&'static str>> {
+        let mut seen = Vec::new();
+        while let Some(event) = running.next().await {
+            seen.push(event.map(|event| match event {
+                Event::Started(_) => "started",
+                Event::Delta(_) => "delta",
+                Event::Completed(_) => "completed",
+                _ => "other",
+            }));
+        }
+        seen
+    }
+
+    #[tokio::test]
+    async fn nothing_follows_the_end() {
+        let after = stream::iter([delta(&[1]), end()]).boxed();
+        let mut running = running(vec![started(), delta(&[1]), end()], after);
+        let seen = all(&mut running).await;
+        assert_eq!(seen, [Ok("started"), Ok("delta"), Ok("completed")]);
+        assert!(running.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_goes_silent_for_ever_is_unavailable() {
+        let mut running = running(vec![started()], stream::empty().boxed());
+        let seen = all(&mut running).await;
+        assert!(matches!(seen.as_slice(), [Ok("started"), Err(Error::Unavailable(_))]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deadline_ends_the_request_and_says_how_far_it_came() {
+        let guard = Arc::new(());
+        let mut running = running(vec![started(), delta(&[1, 2])], open(guard.clone()));
+        let seen = all(&mut running).await;
+        let Some(Err(Error::DeadlineExceeded { tokens_done, .. })) = seen.last() else {
+            panic!("{seen:?}");
+        };
+        assert_eq!(*tokens_done, 2);
+        assert_eq!(Arc::strong_count(&guard), 1, "the request still runs");
+    }
+
+    #[tokio::test]
+    async fn a_drain_ends_the_request_after_what_has_happened() {
+        let guard = Arc::new(());
+        let stop = CancellationToken::new();
+        stop.cancel();
+        let events = stream::iter([started(), delta(&[1])]).chain(open(guard.clone()));
+        let mut running = Running::new(events, call(Duration::from_secs(60)), stop);
+        let seen = all(&mut running).await;
+        assert!(matches!(
+            seen.as_slice(),
+            [Ok("started"), Ok("delta"), Err(Error::Unavailable(_))]
+        ));
+        assert_eq!(Arc::strong_count(&guard), 1, "the request still runs");
+    }
+
+    #[tokio::test]
+    async fn events_are_numbered_from_zero_without_a_hole() {
+        let running = running(vec![started(), delta(&[1]), end()], stream::empty().boxed());
+        let twice_or_never = |event| {
+            Ok(match event {
+                Event::Delta(_) => vec![],
+                _ => vec![(), ()],
+            })
+        };
+        let numbers: Vec<_> = running
+            .into_stream(twice_or_never, |number, ()| number)
+            .map(|message| message.expect("no error"))
+            .collect()
+            .await;
+        assert_eq!(numbers, [0, 1, 2, 3]);
+    }
+
+    #[tokio::test]
+    async fn an_error_while_replying_cancels_the_request() {
+        let guard = Arc::new(());
+        let running = running(vec![started()], open(guard.clone()));
+        let refuse = |_| Err::<Vec<()>, _>(Error::invalid("max_bytes", "too many"));
+        let mut messages = running.into_stream(refuse, |_, ()| ());
+        let status = messages.next().await.expect("one").expect_err("refused");
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert_eq!(Arc::strong_count(&guard), 1, "the request still runs");
+        assert!(messages.next().await.is_none());
+    }
+}
