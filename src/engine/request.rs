@@ -10,6 +10,7 @@ use inwit_probes::Site;
 use super::sampler::Sampling;
 pub use crate::hooks::InterventionKind;
 use crate::policy::{Mode, Policy};
+pub use crate::registry::PromptForm;
 use crate::registry::{Head, Snapshot};
 
 /// A request as the engine takes it. Holding one is the proof that its fields are in range.
@@ -35,20 +36,6 @@ pub struct Prompt {
     /// The content tokens of the last user turn and the template's tail: `content.end == tokens.len()`.
     pub content: Range<usize>,
     pub form: PromptForm,
-}
-
-/// What a probe's `trained_on` is compared with.
-#[derive(Clone, Debug, PartialEq)]
-pub enum PromptForm {
-    Chat {
-        template_hash: String,
-        /// SHA-256 of the system prompt the caller gave; none when it gave none.
-        system_prompt: Option<String>,
-        user_turns: u32,
-        prefilled_answer: bool,
-    },
-    RawText,
-    Tokens,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -95,6 +82,8 @@ pub enum PositionSelection {
     AllPrompt,
     Generated,
     All,
+    /// The last prompt token and every generated one: what a rewind can still change.
+    FromLastPromptToken,
 }
 
 impl PositionSelection {
@@ -105,6 +94,7 @@ impl PositionSelection {
             Self::AllPrompt => position < prompt_len,
             Self::Generated => position >= prompt_len,
             Self::All => true,
+            Self::FromLastPromptToken => position + 1 >= prompt_len,
         }
     }
 }

@@ -1,1 +1,4 @@
-//! Integration tests.
+//! The integration tests: one binary.
+#![allow(clippy::unwrap_used)]
+
+mod golden;
