@@ -79,6 +79,7 @@ mod tests {
             answer: answer.map(Into::into),
             label: None,
             group: None,
+            category: None,
             line: 1,
         };
         let options = Options {

@@ -25,6 +25,8 @@ pub struct Row {
     pub label: Option<String>,
     /// Rewrites of one base prompt share it.
     pub group: Option<String>,
+    /// What a prompt or a refusal is about.
+    pub category: Option<String>,
     /// Counts from 1.
     pub line: usize,
 }
@@ -129,6 +131,7 @@ fn row(text: &str, line: usize) -> Result<Row, String> {
         answer: string(&fields, "answer")?,
         label: string(&fields, "label")?,
         group: name(&fields, "group")?,
+        category: string(&fields, "category")?,
         line,
     })
 }
