@@ -18,6 +18,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     ]
     .map(|name| format!("inwit/v1/{name}.proto"));
     println!("cargo:rerun-if-changed=proto");
+    // The shipped library is embedded.
+    println!("cargo:rerun-if-changed=probes/library");
 
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(std::env::var("OUT_DIR")?).join("inwit_descriptor.bin");

@@ -411,11 +411,7 @@ struct Layers {
 }
 
 impl Layers {
-    fn new(
-        flags: &Flags,
-        environment: Vec<(String, String)>,
-        file: Option<&Path>,
-    ) -> Result<Self> {
+    fn new(flags: &Flags, environment: Vec<(String, String)>, file: Option<&Path>) -> Result<Self> {
         let defaults = DEFAULTS
             .iter()
             .map(|&(key, text)| (key.to_owned(), text.to_owned()))
@@ -544,7 +540,10 @@ fn read_file(path: &Path) -> Result<String> {
         .map_err(|error| Error::file(path.display(), error))?
         .len();
     if length > MAX_BYTES {
-        return Err(Error::file(path.display(), "longer than 1 MiB: not a configuration"));
+        return Err(Error::file(
+            path.display(),
+            "longer than 1 MiB: not a configuration",
+        ));
     }
     std::fs::read_to_string(path).map_err(|error| Error::file(path.display(), error))
 }
@@ -596,15 +595,19 @@ fn unless<T>(
     }
 }
 
-fn number<T: TryFrom<u64>>(
-    range: RangeInclusive<u64>,
-) -> impl FnOnce(&str) -> Result<T, String> {
+fn number<T: TryFrom<u64>>(range: RangeInclusive<u64>) -> impl FnOnce(&str) -> Result<T, String> {
     move |text| {
         text.parse()
             .ok()
             .filter(|number| range.contains(number))
             .and_then(|number| T::try_from(number).ok())
-            .ok_or_else(|| format!("must be a whole number, {} to {}", range.start(), range.end()))
+            .ok_or_else(|| {
+                format!(
+                    "must be a whole number, {} to {}",
+                    range.start(),
+                    range.end()
+                )
+            })
     }
 }
 
@@ -626,7 +629,9 @@ fn size(text: &str) -> Result<u64, String> {
 
 /// A whole number and one of `units`.
 fn with_unit(text: &str, units: &[(&str, u64)]) -> Option<u64> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let &(_, factor) = units.iter().find(|(name, _)| *name == unit.trim())?;
     number.parse::<u64>().ok()?.checked_mul(factor)
@@ -681,7 +686,11 @@ mod tests {
         let file = "max_running = 6\nmax_waiting = 7\nstep_token_budget = 8";
         let config = load(flags, &environment, Some(file)).expect("loads");
         assert_eq!(
-            (config.max_running, config.max_waiting, config.step_token_budget),
+            (
+                config.max_running,
+                config.max_waiting,
+                config.step_token_budget
+            ),
             (3, 5, 8)
         );
     }
@@ -693,7 +702,10 @@ mod tests {
             ..Flags::default()
         };
         let from_flag = message(load(flags, &[], None));
-        assert!(from_flag.starts_with("the flag --max-running is `0`: "), "{from_flag}");
+        assert!(
+            from_flag.starts_with("the flag --max-running is `0`: "),
+            "{from_flag}"
+        );
 
         let from_variable = message(load(Flags::default(), &[("INWIT_LISTEN", "here")], None));
         assert!(
@@ -703,7 +715,10 @@ mod tests {
 
         let from_file = message(load(Flags::default(), &[], Some("kv = \"f16\"")));
         assert!(from_file.starts_with("kv in "), "{from_file}");
-        assert!(from_file.contains("inwit.toml is `f16`: must be one of f32, bf16"), "{from_file}");
+        assert!(
+            from_file.contains("inwit.toml is `f16`: must be one of f32, bf16"),
+            "{from_file}"
+        );
     }
 
     #[test]
@@ -712,8 +727,18 @@ mod tests {
         assert!(from_file.starts_with("lisen in "), "{from_file}");
         assert!(from_file.contains("no such setting"), "{from_file}");
         let from_variable = message(load(Flags::default(), &[("INWIT_LISEN", "x")], None));
-        assert!(from_variable.starts_with("the variable INWIT_LISEN"), "{from_variable}");
-        assert!(load(Flags::default(), &[("INWIT_CACHE", "/tmp/x"), ("HOME", "x")], None).is_ok());
+        assert!(
+            from_variable.starts_with("the variable INWIT_LISEN"),
+            "{from_variable}"
+        );
+        assert!(
+            load(
+                Flags::default(),
+                &[("INWIT_CACHE", "/tmp/x"), ("HOME", "x")],
+                None
+            )
+            .is_ok()
+        );
     }
 
     #[test]
@@ -772,7 +797,10 @@ mod tests {
         };
         assert_eq!(policy("off"), PolicyChoice::Off);
         assert_eq!(policy("007"), PolicyChoice::Named("007".into()));
-        assert_eq!(policy("my/own.toml"), PolicyChoice::File("my/own.toml".into()));
+        assert_eq!(
+            policy("my/own.toml"),
+            PolicyChoice::File("my/own.toml".into())
+        );
     }
 
     #[test]
@@ -787,7 +815,10 @@ mod tests {
     #[test]
     fn a_file_that_is_no_toml_or_not_there_is_named() {
         let error = message(load(Flags::default(), &[], Some("listen = = 1")));
-        assert!(error.contains("inwit.toml: not readable as TOML"), "{error}");
+        assert!(
+            error.contains("inwit.toml: not readable as TOML"),
+            "{error}"
+        );
         let flags = Flags {
             config: Some("/nowhere/inwit.toml".into()),
             ..Flags::default()

@@ -107,6 +107,29 @@ impl Error {
     }
 }
 
+impl Error {
+    /// A word for records and metrics; no details.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::InvalidRequest { .. } => "invalid_request",
+            Self::ContextLength { .. } => "context_length",
+            Self::NotFound { .. } => "not_found",
+            Self::Unsupported { .. } => "unsupported",
+            Self::AlreadyExists(_) => "already_exists",
+            Self::Overloaded { .. } => "overloaded",
+            Self::Unavailable(_) => "unavailable",
+            Self::DeadlineExceeded { .. } => "deadline_exceeded",
+            Self::Cancelled => "cancelled",
+            Self::AbortedByPolicy => "aborted_by_policy",
+            Self::MonitorFailed { .. } => "monitor_failed",
+            Self::FailedPrecondition { .. } => "failed_precondition",
+            Self::Config(_) => "config",
+            Self::File { .. } => "file",
+            Self::Internal(_) => "internal",
+        }
+    }
+}
+
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         Self::Internal(error.to_string())

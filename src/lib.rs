@@ -9,3 +9,4 @@ pub mod metrics;
 pub mod model;
 pub mod policy;
 pub mod registry;
+pub mod rpc;

@@ -174,14 +174,17 @@ pub fn kv_changed(used: usize, total: usize) {
     gauge!(KV_USAGE).set(usage);
 }
 
-/// A policy judges from now on. The one before reads 0.
-pub fn policy_loaded(sha256: &str, empty: bool) {
-    static CURRENT: Mutex<Option<String>> = Mutex::new(None);
+/// A policy judges from now on, over a library of this hash. The one before reads 0.
+pub fn policy_loaded(name: &str, sha256: &str, empty: bool) {
+    static CURRENT: Mutex<Option<[String; 2]>> = Mutex::new(None);
+    let info =
+        |[name, sha256]: [String; 2]| gauge!(POLICY_REVISION, "policy" => name, "sha256" => sha256);
     let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(before) = current.replace(sha256.to_owned()) {
-        gauge!(POLICY_REVISION, "sha256" => before).set(0.0);
+    let now = [name, sha256].map(str::to_owned);
+    if let Some(before) = current.replace(now.clone()) {
+        info(before).set(0.0);
     }
-    gauge!(POLICY_REVISION, "sha256" => sha256.to_owned()).set(1.0);
+    info(now).set(1.0);
     gauge!(POLICY_EMPTY).set(if empty { 1.0 } else { 0.0 });
 }
 
@@ -217,16 +220,31 @@ fn describe() {
     describe_counter!(VERDICTS, "Rules that fired, by action and mode.");
     describe_counter!(RETRACTS, "Withdrawals of released text.");
     describe_counter!(OUT_OF_DOMAIN, "Requests that no probe was trained on.");
-    describe_counter!(MONITOR_FAILED, "Probes that failed under an enforcing rule.");
-    describe_counter!(MONITOR_SKIPPED, "Probes that failed and let the request go on.");
+    describe_counter!(
+        MONITOR_FAILED,
+        "Probes that failed under an enforcing rule."
+    );
+    describe_counter!(
+        MONITOR_SKIPPED,
+        "Probes that failed and let the request go on."
+    );
     describe_counter!(CACHE_HITS, "Prompt tokens found in the prefix cache.");
     describe_counter!(CACHE_MISSES, "Prompt tokens not found in the prefix cache.");
-    describe_counter!(CACHE_UNSCORED, "Missed because a probe's scores were not there.");
+    describe_counter!(
+        CACHE_UNSCORED,
+        "Missed because a probe's scores were not there."
+    );
     describe_gauge!(KV_USED, "KV blocks in use, cached prefixes included.");
     describe_gauge!(KV_TOTAL, "KV blocks there are.");
     describe_gauge!(KV_USAGE, "Share of KV blocks in use.");
-    describe_gauge!(POLICY_REVISION, "1 for the policy that judges, by its hash.");
-    describe_gauge!(POLICY_EMPTY, "1 when the policy has no rule: nothing is monitored.");
+    describe_gauge!(
+        POLICY_REVISION,
+        "1 for the policy that judges, by name and the hash of its library."
+    );
+    describe_gauge!(
+        POLICY_EMPTY,
+        "1 when the policy has no rule: nothing is monitored."
+    );
     describe_gauge!(BUILD, "1, by version.");
 }
 
@@ -237,7 +255,11 @@ mod tests {
     #[test]
     fn what_happened_is_in_the_text_that_prometheus_reads() {
         let handle = install().expect("installs");
-        request_finished("/inwit.v1.GenerationService/Score", "OK", Duration::from_millis(20));
+        request_finished(
+            "/inwit.v1.GenerationService/Score",
+            "OK",
+            Duration::from_millis(20),
+        );
         step_finished(Phase::Decode, 16, Duration::from_millis(3));
         prefix_cache_looked_up(64, 7, 0);
         monitor_skipped("prompt_harm", "nan");
@@ -265,11 +287,11 @@ mod tests {
     #[test]
     fn only_the_newest_policy_reads_one() {
         let handle = install().expect("installs");
-        policy_loaded("aaaa", true);
-        policy_loaded("bbbb", false);
+        policy_loaded("empty", "aaaa", true);
+        policy_loaded("default", "bbbb", false);
         let text = handle.render();
-        assert!(text.contains("inwit_policy_revision_info{sha256=\"aaaa\"} 0"));
-        assert!(text.contains("inwit_policy_revision_info{sha256=\"bbbb\"} 1"));
+        assert!(text.contains("inwit_policy_revision_info{policy=\"empty\",sha256=\"aaaa\"} 0"));
+        assert!(text.contains("inwit_policy_revision_info{policy=\"default\",sha256=\"bbbb\"} 1"));
         assert!(text.contains("inwit_monitor_policy_empty 0"));
     }
 }

@@ -15,6 +15,9 @@
 //! | `library` | where the artefacts of a model lie |
 //! | `error` | what can go wrong |
 
+// A test that unwraps says what it expects by failing.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 pub mod calibration;
 mod container;
 pub mod error;

@@ -253,7 +253,7 @@ impl Head {
 
     fn check(&self, index: usize, d_model: usize) -> Result<()> {
         let field = |part: &str| format!("heads[{index}].{part}");
-        let weights = self.out.checked_mul(d_model).unwrap_or(usize::MAX);
+        let weights = self.out.saturating_mul(d_model);
         check_values(&field("weight"), &self.weight, weights)?;
         check_values(&field("bias"), &self.bias, self.out)?;
         if let InputNorm::Standard { mean, scale } = &self.norm {

@@ -110,6 +110,18 @@ pub enum FinishReason {
     MonitorFailed,
 }
 
+impl FinishReason {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::StopSequence => "stop_sequence",
+            Self::Length => "length",
+            Self::RefusedByPolicy => "refused_by_policy",
+            Self::MonitorFailed => "monitor_failed",
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     pub prompt_tokens: u32,

@@ -41,7 +41,7 @@ struct DecidedToken {
 }
 
 /// What leaves at once.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Default)]
 pub struct Released {
     /// May be empty: some tokens have no bytes.
     pub text: String,

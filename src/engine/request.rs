@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use inwit_probes::Site;
+use sha2::{Digest, Sha256};
 
 use super::sampler::Sampling;
 pub use crate::hooks::InterventionKind;
@@ -42,7 +43,9 @@ pub struct Prompt {
 pub enum Work {
     Generate,
     /// Prefill only; `answer` are the tokens of a finished answer, scored as generated ones.
-    Score { answer: Vec<u32> },
+    Score {
+        answer: Vec<u32>,
+    },
 }
 
 /// What the monitor does for this request. The snapshot is pinned here, at admission.
@@ -103,4 +106,30 @@ impl PositionSelection {
 pub struct CaptureWish {
     pub sites: Vec<Site>,
     pub positions: PositionSelection,
+}
+
+impl Intervention {
+    /// Names everything that the intervention does to a row: site, kind, numbers and condition.
+    pub(super) fn content_hash(&self, snapshot: &Snapshot) -> [u8; 32] {
+        let mut hasher = Sha256::new();
+        hasher.update(self.site.to_string());
+        let (kind, number) = match self.kind {
+            InterventionKind::Add { strength } => (0u8, strength),
+            InterventionKind::ProjectOut => (1, 0.0),
+            InterventionKind::ClampAbove { bound } => (2, bound),
+            InterventionKind::ClampBelow { bound } => (3, bound),
+        };
+        hasher.update([kind]);
+        hasher.update(number.to_le_bytes());
+        for value in self.vector.iter() {
+            hasher.update(value.to_le_bytes());
+        }
+        if let Some(condition) = &self.condition {
+            hasher.update(condition.above.to_le_bytes());
+            if let Some(probe) = snapshot.probes.get(condition.probe) {
+                hasher.update(&probe.content_hash);
+            }
+        }
+        hasher.finalize().into()
+    }
 }

@@ -8,6 +8,6 @@ mod run;
 mod stack;
 
 pub use inwit_probes::Site;
-pub use plan::{HookPlan, InterventionKind, RowCondition};
+pub use plan::{HookPlan, INTERVENTION_LIMIT, InterventionKind, RowCondition};
 pub use run::{Captured, HookRun, Scores};
 pub use stack::ProbeStack;

@@ -7,6 +7,10 @@ use std::sync::Arc;
 use inwit_probes::Site;
 
 use super::stack::ProbeStack;
+use crate::model::kernels::l2_norm;
+
+/// How many interventions one request may ask for.
+pub const INTERVENTION_LIMIT: usize = 64;
 
 /// Rows, sites and actions of one step. An empty plan costs one look-up per site.
 pub struct HookPlan {
@@ -59,6 +63,19 @@ pub enum InterventionKind {
     ClampAbove { bound: f32 },
     /// `h += (bound - h.v) v` where `h.v < bound`, with `v` of unit length.
     ClampBelow { bound: f32 },
+}
+
+impl InterventionKind {
+    /// The vector as `HookPlan::steer` takes it: of unit length where the formula asks for it.
+    pub fn prepare(&self, vector: &[f32]) -> Arc<[f32]> {
+        match self {
+            Self::Add { .. } => Arc::from(vector),
+            Self::ProjectOut | Self::ClampAbove { .. } | Self::ClampBelow { .. } => {
+                let length = l2_norm(vector);
+                vector.iter().map(|value| value / length).collect()
+            }
+        }
+    }
 }
 
 /// Steers only where this probe's logit for the same row is above the bound. The row must be

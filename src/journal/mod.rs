@@ -60,3 +60,52 @@ pub struct Discard;
 impl DecisionSink for Discard {
     fn record(&self, _record: DecisionRecord) {}
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Action;
+
+    fn record(id: &str) -> DecisionRecord {
+        DecisionRecord {
+            request_id: id.into(),
+            snapshot_hash: String::new(),
+            policy: Default::default(),
+            mode: Default::default(),
+            probes: vec![],
+            prompt: Default::default(),
+            steps: vec![],
+            actions: vec![],
+            action: Action::Allow,
+            finish_reason: "stop".into(),
+            out_of_domain: false,
+            partially_monitored: false,
+            timings: Default::default(),
+            tokens: Default::default(),
+            sampling: Default::default(),
+            kernel_identity: String::new(),
+        }
+    }
+
+    fn check(capacity: usize, kept: &[&str], dropped: u64) {
+        let memory = Memory::new(capacity);
+        for id in ["a", "b", "c"] {
+            memory.record(record(id));
+        }
+        let ids: Vec<_> = memory.records().into_iter().map(|r| r.request_id).collect();
+        assert_eq!(
+            (&ids[..], memory.dropped()),
+            (
+                &kept.iter().map(|k| k.to_string()).collect::<Vec<_>>()[..],
+                dropped
+            )
+        );
+    }
+
+    #[test]
+    fn the_newest_decisions_stay_and_the_others_are_counted() {
+        check(3, &["a", "b", "c"], 0);
+        check(2, &["b", "c"], 1);
+        check(0, &[], 3);
+    }
+}

@@ -34,8 +34,7 @@ impl Attention {
         let qkv = self.qkv_proj.forward(x)?;
         let mixed = match kv {
             KvStore::Packed(layer) => {
-                let mixed =
-                    host::read(&qkv, |qkv| self.on_host(qkv.to_vec(), batch, rope, layer))?;
+                let mixed = host::read(&qkv, |qkv| self.on_host(qkv.to_vec(), batch, rope, layer))?;
                 host::matrix(mixed, self.q_width())?
             }
             KvStore::Dense { keys, values } => self.on_device(&qkv, batch, rope, keys, values)?,
@@ -146,14 +145,20 @@ impl Attention {
             .transpose(0, 1)?
             .contiguous()?
             .reshape((kv_heads, group * rows, dim))?;
-        let split = |t: &Tensor| t.reshape((len, kv_heads, dim))?.transpose(0, 1)?.contiguous();
+        let split = |t: &Tensor| {
+            t.reshape((len, kv_heads, dim))?
+                .transpose(0, 1)?
+                .contiguous()
+        };
         let (k, v) = (split(k)?, split(v)?);
         let scores = (q.matmul(&k.t()?.contiguous()?)? * f64::from(self.shape.scale))?;
         let mask = self.mask(rows, len, start, q.device())?;
         let scores = scores
             .reshape((kv_heads, group, rows, len))?
             .broadcast_add(&mask)?;
-        let scores = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+        let scores = scores
+            .broadcast_sub(&scores.max_keepdim(D::Minus1)?)?
+            .exp()?;
         let weights = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?;
         let mixed = weights.reshape((kv_heads, group * rows, len))?.matmul(&v)?;
         Ok(mixed

@@ -17,7 +17,10 @@ pub struct KvCache {
 pub(super) enum KvStore {
     Packed(KvLayer),
     /// `[blocks * 16, kv_heads * head_dim]` each.
-    Dense { keys: Tensor, values: Tensor },
+    Dense {
+        keys: Tensor,
+        values: Tensor,
+    },
 }
 
 impl KvCache {
@@ -85,7 +88,9 @@ fn dtype(kv_type: KvType) -> DType {
 /// Where each row of a batch is stored: row numbers into a dense cache.
 pub(super) fn slots(blocks: &[u32], start: usize, rows: usize) -> Vec<u32> {
     (start..start + rows)
-        .map(|position| blocks[position / KV_BLOCK] * KV_BLOCK as u32 + (position % KV_BLOCK) as u32)
+        .map(|position| {
+            blocks[position / KV_BLOCK] * KV_BLOCK as u32 + (position % KV_BLOCK) as u32
+        })
         .collect()
 }
 

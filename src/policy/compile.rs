@@ -538,3 +538,433 @@ fn last_part(error: &inwit_probes::Error) -> String {
 fn last_part_of(error: inwit_probes::Error) -> String {
     last_part(&error)
 }
+
+#[cfg(test)]
+mod tests {
+    use inwit_probes::{CalibrationKind, Gather};
+    use proptest::prelude::*;
+
+    use super::super::testing::{calibration, catalog, manifests, point, policy};
+    use super::super::{OnFailure, SteerPositions};
+    use super::*;
+
+    const HARM: &str = "[[detector]]\nname = \"harm\"\nprobe = \"prompt_harm\"\n";
+
+    fn compile(document: &str) -> Result<Policy> {
+        Policy::parse_and_compile("test", 1, document, &catalog(&manifests()))
+    }
+
+    /// The document is refused, and the message says all of this.
+    fn check_refused(document: &str, says: &[&str]) {
+        let message = compile(document).expect_err(document).to_string();
+        for part in says {
+            assert!(message.contains(part), "{message:?} lacks {part:?}");
+        }
+    }
+
+    fn check_detector(lines: &str, says: &[&str]) {
+        let document = format!("[[detector]]\nname = \"d\"\n{lines}\n");
+        check_refused(&document, &[&["`test`", "detector `d`"], says].concat());
+    }
+
+    fn check_rule(lines: &str, says: &[&str]) {
+        let document = format!("{HARM}[[rule]]\nname = \"r\"\n{lines}\n");
+        check_refused(&document, &[&["`test`", "rule `r`"], says].concat());
+    }
+
+    fn detector(lines: &str) -> Detector {
+        let document = format!("[[detector]]\nname = \"d\"\n{lines}\n");
+        compile(&document).expect("compiles").detectors.remove(0)
+    }
+
+    fn action(text: &str) -> RuleAction {
+        let rules =
+            format!("[[rule]]\nname = \"r\"\nwhen = {{ detector = \"harm\" }}\naction = {text}\n");
+        policy(&rules).rules.remove(0).action
+    }
+
+    #[test]
+    fn the_two_stage_policy_compiles() {
+        let document = r#"
+            [[detector]]
+            name = "harmful-prompt"
+            probe = "prompt_harm"
+            [[detector]]
+            name = "complies"
+            probe = "compliance"
+            [[detector]]
+            name = "harm-while-writing"
+            probe = "response_harm"
+            gather = "ema"
+            at_fpr = 0.001
+
+            [[product_threshold]]
+            detectors = ["complies", "harmful-prompt"]
+            fpr = 0.01
+            threshold = 0.31
+            interval = [0.004, 0.02]
+            n = 2000
+
+            [[rule]]
+            name = "harmful-compliance"
+            when = { product = ["harmful-prompt", "complies"], at_fpr = 0.01 }
+            action = "refusal_head"
+            hold_back = 3
+            [[rule]]
+            name = "harm-while-writing"
+            when = { detector = "harm-while-writing" }
+            action = { refuse = "I can't help with that." }
+            hold_back = 4
+            on_failure = "open"
+        "#;
+        let policy = compile(document).expect("compiles");
+        assert_eq!(policy.hash.len(), 64);
+        assert_eq!(policy.document, document);
+        let [first, second] = &policy.rules[..] else {
+            panic!("two rules");
+        };
+        let product = When::Product {
+            detectors: vec![0, 1],
+            threshold: 0.31,
+        };
+        assert_eq!(first.when, product);
+        let soft = RuleAction::RefusalHead {
+            head: "soft".into(),
+            strength: 1.0,
+        };
+        assert_eq!(first.action, soft);
+        assert_eq!((first.hold_back, first.on_failure), (3, OnFailure::Closed));
+        assert_eq!((second.hold_back, second.on_failure), (4, OnFailure::Open));
+        assert_eq!(policy.detectors[2].gather, Gather::Ema { a: 0.1 });
+    }
+
+    #[test]
+    fn an_unset_threshold_is_a_probability_of_a_half() {
+        let logit = detector("probe = \"prompt_harm\"").threshold_logit;
+        // The largest logit whose probability rounds to a half.
+        assert!((0.0..1e-6).contains(&logit), "{logit}");
+        let rules = "[[rule]]\nname = \"r\"\naction = \"flag\"\n\
+                     when = { product = [\"harm\", \"complies\"] }";
+        let When::Product { threshold, .. } = policy(rules).rules[0].when else {
+            panic!("a product");
+        };
+        assert_eq!(threshold, DEFAULT_THRESHOLD);
+    }
+
+    #[test]
+    fn a_rate_of_a_per_token_probe_holds_at_every_length_unless_one_is_named() {
+        let probe = "probe = \"response_harm\"\nat_fpr = 0.001";
+        assert_eq!(detector(probe).threshold_logit, 5.0);
+        let named = detector(&format!("{probe}\nanswer_tokens = 256"));
+        assert_eq!(named.threshold_logit, 4.0);
+        let prompt = detector("probe = \"prompt_harm\"\nat_fpr = 0.01");
+        assert_eq!(prompt.threshold_logit, 2.0);
+    }
+
+    #[test]
+    fn names_that_are_not_loaded_are_refused() {
+        check_detector(
+            "probe = \"nobody\"",
+            &["no probe is named `nobody`", "prompt_harm"],
+        );
+        check_detector(
+            "probe = \"prompt_harm\"\ngather = \"max\"",
+            &["gather `max`", "calibrate"],
+        );
+        check_detector(
+            "probe = \"prompt_harm\"\ngather = \"sum\"",
+            &["unknown gather"],
+        );
+        let when = "when = { detector = \"harm\" }\n";
+        check_rule(
+            "when = { detector = \"nobody\" }\naction = \"flag\"",
+            &["no detector is named `nobody`", "harm"],
+        );
+        check_rule(
+            &format!("{when}action = {{ refusal_head = \"hard\" }}"),
+            &["no refusal head is named `hard`", "soft"],
+        );
+        check_rule(
+            &format!("{when}action = {{ steer = {{ vector = \"x\", strength = 1.0 }} }}"),
+            &["no vector is named `x`", "refusal"],
+        );
+    }
+
+    #[test]
+    fn an_uncalibrated_probe_is_refused_in_whatever_it_is_used() {
+        let mut manifests = manifests();
+        manifests[0].calibrations.clear();
+        for threshold in ["", "threshold_logit = 1.0", "gather = \"last\""] {
+            let document = format!("{HARM}{threshold}");
+            let error =
+                Policy::parse_and_compile("test", 1, &document, &catalog(&manifests)).unwrap_err();
+            let message = error.to_string();
+            assert!(
+                message.contains("`harm`") && message.contains("calibrate"),
+                "{message}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_head_must_be_named_when_there_is_not_exactly_one() {
+        let manifests = manifests();
+        let document = format!(
+            "{HARM}[[rule]]\nname = \"r\"\nwhen = {{ detector = \"harm\" }}\n\
+             action = \"refusal_head\""
+        );
+        for (heads, says) in [
+            (vec![], "no refusal head is loaded"),
+            (vec!["hard", "soft"], "several refusal heads"),
+        ] {
+            let mut catalog = catalog(&manifests);
+            catalog.heads = heads.into_iter().collect();
+            let error = Policy::parse_and_compile("test", 1, &document, &catalog).unwrap_err();
+            assert!(error.to_string().contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_defined_once_and_is_a_name() {
+        check_refused(
+            &format!("{HARM}{HARM}"),
+            &["detector `harm`", "defined twice"],
+        );
+        let rule = "[[rule]]\nname = \"r\"\nwhen = { detector = \"harm\" }\naction = \"flag\"\n";
+        check_refused(
+            &format!("{HARM}{rule}{rule}"),
+            &["rule `r`", "defined twice"],
+        );
+        for name in ["", "../x", "a b", "A", "a\\u0000b"] {
+            let document = format!("[[detector]]\nname = \"{name}\"\nprobe = \"prompt_harm\"");
+            check_refused(&document, &["detector", "not a name"]);
+        }
+        check_refused("name = \"../../x\"", &["policy", "not a name"]);
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused() {
+        let probe = "probe = \"prompt_harm\"\n";
+        for (line, says) in [
+            ("threshold = 1.0", "threshold"),
+            ("threshold = -0.1", "threshold"),
+            ("threshold = nan", "threshold"),
+            ("threshold_logit = inf", "threshold_logit"),
+            ("threshold_logit = nan", "threshold_logit"),
+            ("at_fpr = 0.0", "at_fpr"),
+            ("at_fpr = nan", "at_fpr"),
+            ("at_fpr = 0.02", "0.01"),
+            ("at_fpr = 0.01\nthreshold = 0.5", "keep one"),
+            ("at_fpr = 0.01\nanswer_tokens = 64", "answer_tokens"),
+            ("answer_tokens = 64", "at_fpr"),
+        ] {
+            check_detector(&format!("{probe}{line}"), &[says]);
+        }
+        let flag = "action = \"flag\"\n";
+        for (lines, says) in [
+            (
+                "when = { detector = \"harm\" }\nhold_back = 65",
+                "at most 64",
+            ),
+            ("when = { detector = \"harm\", threshold = 0.5 }", "product"),
+            (
+                "when = { product = [\"harm\"], threshold = 1.5 }",
+                "threshold",
+            ),
+            (
+                "when = { product = [\"harm\"], at_fpr = 0.01 }",
+                "product_threshold",
+            ),
+            (
+                "when = { product = [\"harm\"], at_fpr = 0.01, threshold = 0.1 }",
+                "keep one",
+            ),
+            ("when = { product = [] }", "at least one"),
+            ("when = { all = [] }", "at least one"),
+            ("when = { all = [\"harm\", \"harm\"] }", "twice"),
+            ("when = { }", "exactly one"),
+            (
+                "when = { detector = \"harm\", all = [\"harm\"] }",
+                "exactly one",
+            ),
+        ] {
+            check_rule(&format!("{flag}{lines}"), &[says]);
+        }
+        let steer = |inside: &str| {
+            format!(
+                "when = {{ detector = \"harm\" }}\n\
+                 action = {{ steer = {{ vector = \"refusal\", {inside} }} }}"
+            )
+        };
+        for (inside, says) in [
+            ("strength = inf", "strength"),
+            ("strength = nan", "strength"),
+            ("strength = 1e30", "1000"),
+            ("kind = \"add\"", "needs its strength"),
+            ("kind = \"project_out\", strength = 1.0", "no strength"),
+            ("strength = 1.0, site = \"layers.7\"", "unknown site"),
+            (
+                "strength = 1.0, site = \"blocks.6.hook_resid_post\"",
+                "beyond",
+            ),
+        ] {
+            check_rule(&steer(inside), &[says]);
+        }
+        let refuse = "when = { detector = \"harm\" }\naction = { refuse = \" \" }";
+        check_rule(refuse, &["empty"]);
+    }
+
+    #[test]
+    fn what_nobody_would_read_is_refused() {
+        check_refused("detectors = []", &["`test`", "detectors"]);
+        check_refused(&format!("{HARM}at_frp = 0.1"), &["at_frp"]);
+        let rule = |action: &str| {
+            format!(
+                "{HARM}[[rule]]\nname = \"r\"\nwhen = {{ detector = \"harm\" }}\n\
+                 action = {action}"
+            )
+        };
+        for (action, says) in [
+            ("\"block\"", "refusal_head"),
+            ("\"refuse\"", "needs its text"),
+            ("\"steer\"", "needs its vector"),
+            ("3", "flag"),
+            ("{ }", "exactly one"),
+            ("{ refuse = \"a\", refusal_head = \"soft\" }", "exactly one"),
+            ("{ refuse = \"a\", strength = 1.0 }", "no strength"),
+            ("{ refusal_head = \"soft\", gain = 1.0 }", "gain"),
+            (
+                "{ steer = { vector = \"refusal\", strength = 1.0, at = 3 } }",
+                "at",
+            ),
+        ] {
+            check_refused(&rule(action), &["`test`", says]);
+        }
+        check_refused("out_of_domain = \"drop\"", &["serve"]);
+        let long = "#".repeat(MAX_DOCUMENT + 1);
+        check_refused(&long, &["longer than"]);
+    }
+
+    const MAX_DOCUMENT: usize = super::super::MAX_DOCUMENT_BYTES;
+
+    #[test]
+    fn a_product_threshold_is_checked_even_where_no_rule_uses_it() {
+        let entry = |lines: &str| format!("{HARM}[[product_threshold]]\n{lines}");
+        let point = "detectors = [\"harm\"]\nfpr = 0.01\nthreshold = 0.3\n";
+        assert!(compile(&entry(point)).is_ok());
+        check_refused(&format!("{}{}", entry(point), entry(point)), &["twice"]);
+        for (lines, says) in [
+            (
+                "detectors = [\"x\"]\nfpr = 0.01\nthreshold = 0.3",
+                "no detector is named `x`",
+            ),
+            ("detectors = [\"harm\"]\nfpr = 1.0\nthreshold = 0.3", "fpr"),
+            (
+                "detectors = [\"harm\"]\nfpr = 0.1\nthreshold = nan",
+                "threshold",
+            ),
+        ] {
+            check_refused(&entry(lines), &["product_threshold", says]);
+        }
+        check_refused(
+            &entry(&format!("{point}interval = [0.9, 0.1]")),
+            &["interval"],
+        );
+        check_refused(&entry(&format!("{point}n = 0")), &["benign"]);
+    }
+
+    #[test]
+    fn actions_take_their_defaults() {
+        let steer = action("{ steer = { vector = \"refusal\", strength = 4.0 } }");
+        let expected = RuleAction::Steer {
+            vector: "refusal".into(),
+            site: Site::ResidPost(3),
+            kind: SteerKind::Add { strength: 4.0 },
+            positions: SteerPositions::LastPromptTokenAndGenerated,
+        };
+        assert_eq!(steer, expected);
+        let clamp = action(
+            "{ steer = { vector = \"refusal\", kind = \"clamp_above\", strength = -1.0, \
+             site = \"blocks.1.hook_mlp_out\", positions = \"generated\" } }",
+        );
+        let expected = RuleAction::Steer {
+            vector: "refusal".into(),
+            site: Site::MlpOut(1),
+            kind: SteerKind::ClampAbove { bound: -1.0 },
+            positions: SteerPositions::Generated,
+        };
+        assert_eq!(clamp, expected);
+        let head = action("{ refusal_head = \"soft\", strength = 0.5 }");
+        let expected = RuleAction::RefusalHead {
+            head: "soft".into(),
+            strength: 0.5,
+        };
+        assert_eq!(head, expected);
+        assert_eq!(action("\"abort\""), RuleAction::Abort);
+    }
+
+    #[test]
+    fn what_happens_out_of_domain_is_written_or_serve() {
+        let of = |document: &str| compile(document).expect("compiles").out_of_domain;
+        assert_eq!(of(""), OutOfDomain::Serve);
+        assert_eq!(of("out_of_domain = \"serve\""), OutOfDomain::Serve);
+        let text = "no".to_owned();
+        assert_eq!(
+            of("out_of_domain = { refuse = \"no\" }"),
+            OutOfDomain::Refuse { text }
+        );
+        assert!(matches!(
+            of("out_of_domain = \"refuse\""),
+            OutOfDomain::Refuse { .. }
+        ));
+    }
+
+    #[test]
+    fn the_document_may_name_itself() {
+        assert_eq!(compile("").expect("compiles").name, "test");
+        assert_eq!(
+            compile("name = \"careful\"").expect("compiles").name,
+            "careful"
+        );
+    }
+
+    #[test]
+    fn a_threshold_beyond_the_calibration_is_refused() {
+        let mut calibration = calibration(Gather::Last, vec![point(0.1, None, 0.0)]);
+        calibration.kind = CalibrationKind::Isotonic {
+            x: vec![-1.0, 1.0],
+            y: vec![0.2, 0.8],
+        };
+        assert!(
+            logit_at(&calibration, 0.8)
+                .unwrap_err()
+                .contains("never exceeds")
+        );
+        assert!(
+            logit_at(&calibration, 0.1)
+                .unwrap_err()
+                .contains("always exceeds")
+        );
+        let half = logit_at(&calibration, 0.5).unwrap();
+        assert!(half.abs() < 1e-5, "{half}");
+    }
+
+    proptest! {
+        #[test]
+        fn a_logit_is_above_the_threshold_exactly_when_its_probability_is(
+            a in 0.01f64..20.0, b in -5.0f64..5.0, p in 0.02f32..0.98, logit in -50.0f32..50.0,
+        ) {
+            let mut calibration = calibration(Gather::Last, vec![]);
+            calibration.kind = CalibrationKind::Platt { a, b };
+            let threshold = logit_at(&calibration, p).unwrap();
+            for logit in [logit, threshold, threshold.next_up(), threshold.next_down()] {
+                prop_assert_eq!(logit > threshold, calibration.probability(logit) > p);
+            }
+        }
+
+        #[test]
+        fn no_document_makes_the_compiler_panic(text in "[\\[\\]a-z =\"{}.\\n0-9]{0,200}") {
+            let _ = compile(&text);
+        }
+    }
+}

@@ -52,7 +52,7 @@ impl Action {
         Self::Abort,
     ];
 
-    fn as_str(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Allow => "allow",
             Self::Flag => "flag",
@@ -93,7 +93,7 @@ pub enum Mode {
 impl Mode {
     pub const ALL: [Self; 3] = [Self::Off, Self::Shadow, Self::Enforce];
 
-    fn as_str(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Off => "off",
             Self::Shadow => "shadow",
@@ -291,5 +291,137 @@ impl Policy {
 
     pub fn is_empty(&self) -> bool {
         self.detectors.is_empty() && self.rules.is_empty()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use inwit_probes::{
+        Calibration, CalibrationKind, Gather, Kind, Manifest, ModelIdentity, OperatingPoint,
+        Positions,
+    };
+
+    use super::{Catalog, Policy};
+
+    pub(crate) const HARM: usize = 0;
+    pub(crate) const COMPLIES: usize = 1;
+    pub(crate) const WRITING: usize = 2;
+    pub(crate) const CONTENT: usize = 3;
+
+    /// `P = sigmoid(logit)`.
+    pub(crate) fn calibration(gather: Gather, thresholds: Vec<OperatingPoint>) -> Calibration {
+        Calibration {
+            gather,
+            kind: CalibrationKind::Platt { a: 1.0, b: 0.0 },
+            prior: 0.5,
+            thresholds,
+            n_benign: 100,
+            n_harmful: 100,
+        }
+    }
+
+    pub(crate) fn point(fpr: f64, answer_tokens: Option<u32>, logit: f32) -> OperatingPoint {
+        OperatingPoint {
+            fpr,
+            answer_tokens,
+            threshold_logit: logit,
+            interval: [0.0, 0.1],
+            n: 100,
+        }
+    }
+
+    pub(crate) fn manifest(
+        name: &str,
+        positions: Positions,
+        calibrations: Vec<Calibration>,
+    ) -> Manifest {
+        let identity = ModelIdentity {
+            name: "tiny".into(),
+            architecture_id: "a".into(),
+            weights_id: "w".into(),
+            weight_format: "f32".into(),
+        };
+        let attends = calibrations.iter().any(|c| c.gather == Gather::Attention);
+        let kind = if attends {
+            Kind::Attention
+        } else {
+            Kind::Logistic
+        };
+        let mut manifest = Manifest::new(name, kind, 4, positions, identity);
+        manifest.gathers = calibrations.iter().map(|c| c.gather).collect();
+        manifest.calibrations = calibrations;
+        manifest
+    }
+
+    /// `HARM`, `COMPLIES`, `WRITING` and `CONTENT`, in this order.
+    pub(crate) fn manifests() -> [Manifest; 4] {
+        let last = || calibration(Gather::Last, vec![point(0.01, None, 2.0)]);
+        let lengths = vec![
+            point(0.001, Some(64), 3.0),
+            point(0.001, Some(1024), 5.0),
+            point(0.001, Some(256), 4.0),
+        ];
+        [
+            manifest("prompt_harm", Positions::LastPromptToken, vec![last()]),
+            manifest("compliance", Positions::Generated(3), vec![last()]),
+            manifest(
+                "response_harm",
+                Positions::EveryGenerated,
+                vec![
+                    calibration(Gather::Max, lengths.clone()),
+                    calibration(Gather::Ema { a: 0.1 }, lengths),
+                ],
+            ),
+            manifest(
+                "content_harm",
+                Positions::PromptContent,
+                vec![
+                    calibration(Gather::Max, vec![]),
+                    calibration(Gather::KOfN { k: 2, n: 4 }, vec![]),
+                ],
+            ),
+        ]
+    }
+
+    pub(crate) fn catalog(manifests: &[Manifest]) -> Catalog<'_> {
+        Catalog {
+            probes: manifests.iter().collect(),
+            vectors: [("refusal", inwit_probes::Site::ResidPost(3))].into(),
+            heads: ["soft"].into(),
+            n_layers: 6,
+        }
+    }
+
+    /// A policy over four detectors `harm`, `complies`, `writing` and `content`, each with its
+    /// default threshold (probability 0.5, logit 0), and these rules.
+    pub(crate) fn policy(rules: &str) -> Policy {
+        let document = format!(
+            "[[detector]]\nname = \"harm\"\nprobe = \"prompt_harm\"\n\
+             [[detector]]\nname = \"complies\"\nprobe = \"compliance\"\n\
+             [[detector]]\nname = \"writing\"\nprobe = \"response_harm\"\n\
+             [[detector]]\nname = \"content\"\nprobe = \"content_harm\"\n{rules}"
+        );
+        Policy::parse_and_compile("test", 1, &document, &catalog(&manifests()))
+            .expect("the rules of a test compile")
+    }
+
+    #[test]
+    fn actions_and_modes_round_trip_through_their_names() {
+        use super::{Action, Mode};
+        for action in Action::ALL {
+            assert_eq!(action.to_string().parse(), Ok(action));
+            let json = serde_json::to_string(&action).unwrap();
+            assert_eq!(json, format!("\"{action}\""));
+        }
+        for mode in Mode::ALL {
+            assert_eq!(mode.to_string().parse(), Ok(mode));
+        }
+        let message = "block".parse::<Action>().unwrap_err().to_string();
+        assert!(message.contains("refusal_head"), "{message}");
+    }
+
+    #[test]
+    fn severity_rises_from_allow_to_abort() {
+        assert!(super::Action::ALL.windows(2).all(|pair| pair[0] < pair[1]));
     }
 }

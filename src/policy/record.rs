@@ -328,3 +328,202 @@ mod exact_option {
         Ok(Option::<Exact>::deserialize(source)?.map(f32::from))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testing::{COMPLIES, HARM, WRITING, policy};
+    use super::*;
+
+    const RULES: &str = r#"
+        [[rule]]
+        name = "two-stage"
+        when = { product = ["harm", "complies"] }
+        action = "refusal_head"
+        hold_back = 3
+        [[rule]]
+        name = "writing"
+        when = { detector = "writing" }
+        action = { refuse = "no" }
+        hold_back = 2
+    "#;
+
+    fn record(policy: &Policy, steps: Vec<DecisionStep>) -> DecisionRecord {
+        let probe = |name: &str| ProbeIdentity {
+            name: name.into(),
+            revision: 1,
+            content_hash: "c".into(),
+        };
+        DecisionRecord {
+            request_id: "r1".into(),
+            snapshot_hash: "s".into(),
+            policy: PolicyIdentity {
+                name: policy.name.clone(),
+                revision: policy.revision,
+                hash: policy.hash.clone(),
+            },
+            mode: Mode::Enforce,
+            probes: ["prompt_harm", "compliance", "response_harm", "content_harm"]
+                .map(probe)
+                .to_vec(),
+            prompt: PromptRecord::default(),
+            steps,
+            actions: vec![],
+            action: Action::Allow,
+            finish_reason: "stop".into(),
+            out_of_domain: false,
+            partially_monitored: false,
+            timings: TimingsRecord::default(),
+            tokens: TokenCounts::default(),
+            sampling: SamplingRecord::default(),
+            kernel_identity: "k".into(),
+        }
+    }
+
+    fn outputs(given: &[(usize, f32)]) -> Vec<Option<LoggedOutput>> {
+        let mut outputs = vec![Some(TokenOutput::logit(-9.0).into()); 4];
+        for (probe, logit) in given {
+            outputs[*probe] = Some(TokenOutput::logit(*logit).into());
+        }
+        outputs
+    }
+
+    fn prompt(given: &[(usize, f32)]) -> DecisionStep {
+        DecisionStep::Prompt {
+            position: 0,
+            in_content: true,
+            is_last: true,
+            outputs: outputs(given),
+        }
+    }
+
+    fn generated(k: u32, given: &[(usize, f32)]) -> DecisionStep {
+        DecisionStep::Generated {
+            k,
+            position: k,
+            outputs: outputs(given),
+        }
+    }
+
+    /// Runs the calls live, deciding after each, and records them as the engine does.
+    fn recorded(policy: &Policy, calls: Vec<DecisionStep>) -> DecisionRecord {
+        let mut state = PolicyState::new(policy);
+        let mut steps = Vec::new();
+        let live = |outputs: &[Option<LoggedOutput>]| -> Vec<Option<TokenOutput>> {
+            outputs
+                .iter()
+                .map(|output| output.map(Into::into))
+                .collect()
+        };
+        for call in calls {
+            match &call {
+                DecisionStep::Prompt { outputs, .. } => {
+                    state.observe_prompt(policy, 0, true, true, &live(outputs));
+                }
+                DecisionStep::Generated { k, outputs, .. } => {
+                    state.observe_generated(policy, *k, *k, &live(outputs));
+                }
+                DecisionStep::EndOfAnswer { tokens } => state.end_of_answer(policy, *tokens),
+                DecisionStep::Rewind => state.rewind(policy),
+                DecisionStep::Decided { .. } => {}
+            }
+            steps.push(call);
+            let decision = state.decide(policy);
+            let readings = state.readings(policy);
+            steps.push(DecisionStep::Decided { decision, readings });
+        }
+        let mut record = record(policy, steps);
+        record.action = state.action();
+        record
+    }
+
+    fn a_rewound_request() -> Vec<DecisionStep> {
+        vec![
+            prompt(&[(HARM, 5.0)]),
+            generated(1, &[]),
+            generated(2, &[]),
+            generated(3, &[(COMPLIES, 5.0)]),
+            DecisionStep::Rewind,
+            generated(1, &[]),
+            generated(2, &[(WRITING, f32::NAN)]),
+            DecisionStep::EndOfAnswer { tokens: 2 },
+        ]
+    }
+
+    /// `NaN` is not equal to itself, so records are compared as they are written.
+    fn json(record: &DecisionRecord) -> String {
+        serde_json::to_string(record).unwrap()
+    }
+
+    #[test]
+    fn a_replay_decides_the_same_over_all_attempts() {
+        let policy = policy(RULES);
+        let record = recorded(&policy, a_rewound_request());
+        assert_eq!(record.action, Action::RefusalHead);
+        let read_back: DecisionRecord = serde_json::from_str(&json(&record)).unwrap();
+        assert_eq!(json(&read_back), json(&record));
+        let outcome = replay(&policy, &read_back).unwrap();
+        assert_eq!(outcome.action, record.action);
+        assert!(outcome.decisions.iter().eq(record.decisions()));
+        assert!(
+            outcome
+                .decisions
+                .iter()
+                .any(|decision| !decision.failed.is_empty())
+        );
+    }
+
+    #[test]
+    fn another_policy_is_replayed_over_the_same_outputs() {
+        let record = recorded(&policy(RULES), a_rewound_request());
+        let flagging = "[[rule]]\nname = \"f\"\nwhen = { detector = \"harm\" }\naction = \"flag\"";
+        assert_eq!(
+            replay(&policy(flagging), &record).unwrap().action,
+            Action::Flag
+        );
+    }
+
+    #[test]
+    fn probes_are_found_by_name_wherever_the_record_has_them() {
+        let policy = policy(RULES);
+        let mut record = recorded(&policy, a_rewound_request());
+        record.probes.reverse();
+        for step in &mut record.steps {
+            if let DecisionStep::Prompt { outputs, .. } | DecisionStep::Generated { outputs, .. } =
+                step
+            {
+                outputs.reverse();
+            }
+        }
+        let outcome = replay(&policy, &record).unwrap();
+        assert!(outcome.decisions.iter().eq(record.decisions()));
+    }
+
+    #[test]
+    fn a_record_without_a_needed_probe_cannot_be_replayed() {
+        let policy = policy(RULES);
+        let mut record = recorded(&policy, a_rewound_request());
+        record.probes.truncate(1);
+        let message = replay(&policy, &record).unwrap_err().to_string();
+        assert!(
+            message.contains("compliance") && message.contains("r1"),
+            "{message}"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn an_output_is_written_exactly(logit in any::<f32>(), key in any::<Option<f32>>()) {
+            let output = LoggedOutput { logit, key };
+            let text = serde_json::to_string(&output).unwrap();
+            let back: LoggedOutput = serde_json::from_str(&text).unwrap();
+            let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+            prop_assert!(same(back.logit, logit), "{} became {}", logit, back.logit);
+            match (back.key, key) {
+                (Some(a), Some(b)) => prop_assert!(same(a, b)),
+                (a, b) => prop_assert_eq!(a, b),
+            }
+        }
+    }
+}

@@ -74,7 +74,7 @@ impl LibraryFile {
         inside: &str,
         bytes: impl FnOnce() -> Result<Vec<u8>>,
     ) -> Result<Option<Self>> {
-        let (folder, name) = inside.split_once('/').unwrap_or(("", inside));
+        let (folder, name) = inside.rsplit_once('/').unwrap_or(("", inside));
         if name.starts_with('.') || name.ends_with(".partial") || name.ends_with(".md") {
             return Ok(None);
         }
@@ -378,5 +378,419 @@ impl<'f> Names<'f> {
                 "the name `{name}` is already taken by {other}; rename one of them"
             ))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use inwit_probes::{
+        Calibration, CalibrationKind, Canary, Gather, Head as ProbeHead, InputNorm, Kind as Form,
+        Manifest, NormStatistics, Positions, RefusalHeadManifest, Site, VectorManifest,
+    };
+
+    use super::super::snapshot::{Canaries, Standing};
+    use super::super::{PromptForm, Registry};
+    use super::*;
+
+    const POLICY: &str = "[[detector]]\nname = \"harm\"\nprobe = \"prompt_harm\"\n\
+                          [[rule]]\nname = \"r\"\nwhen = { detector = \"harm\" }\n\
+                          action = \"refusal_head\"\n";
+
+    fn ids() -> ModelIds {
+        ModelIds {
+            architecture_id: "arch".into(),
+            weights_id: "weights".into(),
+            d_model: 2,
+            n_layers: 4,
+            vocab: 8,
+        }
+    }
+
+    fn identity() -> ModelIdentity {
+        ModelIdentity {
+            name: "tiny".into(),
+            architecture_id: "arch".into(),
+            weights_id: "weights".into(),
+            weight_format: "f32".into(),
+        }
+    }
+
+    fn probe(name: &str, change: impl Fn(&mut Manifest)) -> Vec<u8> {
+        let positions = Positions::LastPromptToken;
+        let mut manifest = Manifest::new(name, Form::Logistic, 2, positions, identity());
+        manifest.trained_on.template_hash = "template".into();
+        manifest.calibrations = vec![Calibration {
+            gather: Gather::Last,
+            kind: CalibrationKind::Platt { a: 1.0, b: 0.0 },
+            prior: 0.5,
+            thresholds: vec![],
+            n_benign: 10,
+            n_harmful: 10,
+        }];
+        let canary = |i: u32| Canary {
+            tokens: vec![1, i % 8],
+            position: 1,
+            logit: i as f32 - 3.5,
+            positive: i > 3,
+        };
+        manifest.canaries = (0..8).map(canary).collect();
+        change(&mut manifest);
+        let head = ProbeHead {
+            site: Site::ResidPost(3),
+            weight: vec![1.0; manifest.d_model],
+            bias: vec![0.0],
+            out: 1,
+            norm: InputNorm::None,
+        };
+        Probe::new(manifest, vec![head], None)
+            .unwrap()
+            .to_bytes()
+            .unwrap()
+    }
+
+    fn vector(name: &str) -> Vec<u8> {
+        let norms = NormStatistics {
+            mean: 1.0,
+            std: 0.1,
+            rows: 10,
+        };
+        let manifest = VectorManifest::new(name, Site::ResidPost(1), 2, norms, identity());
+        SteeringVector::new(manifest, vec![1.0, 0.0])
+            .unwrap()
+            .to_bytes()
+            .unwrap()
+    }
+
+    fn head(name: &str, vocab: usize) -> Vec<u8> {
+        let manifest = RefusalHeadManifest::new(name, 1, 2, vocab, identity());
+        let head = RefusalHead::new(manifest, vec![1.0; vocab], vec![1.0; 2]).unwrap();
+        head.to_bytes().unwrap()
+    }
+
+    fn file(inside: &str, bytes: impl Into<Vec<u8>>) -> LibraryFile {
+        let bytes = bytes.into();
+        LibraryFile::new(format!("lib/{inside}"), inside, || Ok(bytes))
+            .unwrap()
+            .expect("part of a library")
+    }
+
+    fn complete() -> Vec<LibraryFile> {
+        vec![
+            file(
+                "probes/prompt_harm.safetensors",
+                probe("prompt_harm", |_| {}),
+            ),
+            file("vectors/refusal.safetensors", vector("refusal")),
+            file("heads/soft.safetensors", head("soft", 8)),
+            file("policies/default.toml", POLICY),
+        ]
+    }
+
+    fn snapshot(files: &[LibraryFile]) -> Snapshot {
+        Snapshot::from_files(files, &ids(), None).expect("loads")
+    }
+
+    /// Refused, and the message names the file and says why.
+    fn check_refused(files: &[LibraryFile], says: &[&str]) {
+        let error = Snapshot::from_files(files, &ids(), None).expect_err("refused");
+        let message = error.to_string();
+        for part in says {
+            assert!(message.contains(part), "{message:?} lacks {part:?}");
+        }
+    }
+
+    #[test]
+    fn a_library_loads_whole() {
+        let snapshot = snapshot(&complete());
+        let probe = snapshot.probe("prompt_harm").expect("loaded");
+        assert_eq!(probe.standing, Standing::Native);
+        assert_eq!(snapshot.vectors["refusal"].values[..], [1.0, 0.0]);
+        assert_eq!(snapshot.heads["soft"].rank, 1);
+        assert_eq!(snapshot.default_policy, "default");
+        let policy = snapshot.policy(None).unwrap();
+        assert_eq!(&*policy.detectors[0].probe_name, "prompt_harm");
+        assert!(snapshot.policy(Some(EMPTY_POLICY)).unwrap().is_empty());
+        snapshot.may_enforce(policy).unwrap();
+        let message = snapshot.policy(Some("x")).unwrap_err().to_string();
+        assert!(message.contains("`default`"), "{message}");
+    }
+
+    #[test]
+    fn the_hash_knows_every_byte_and_no_order() {
+        let files = complete();
+        let hash = snapshot(&files).hash;
+        let mut turned = files.clone();
+        turned.reverse();
+        assert_eq!(snapshot(&turned).hash, hash);
+        let others = [
+            file(
+                "probes/prompt_harm.safetensors",
+                probe("prompt_harm", |m| m.record.seed = 1),
+            ),
+            file("vectors/refusal.safetensors", vector("other")),
+            file("heads/soft.safetensors", head("other", 8)),
+            file("policies/default.toml", format!("{POLICY}# changed")),
+        ];
+        for (index, other) in others.into_iter().enumerate() {
+            let mut changed = files.clone();
+            changed[index] = other;
+            assert_ne!(snapshot(&changed).hash, hash, "file {index}");
+        }
+        assert_ne!(snapshot(&files[..3]).hash, hash);
+    }
+
+    #[test]
+    fn an_artefact_of_another_model_is_refused_by_name() {
+        let wrong = |change: fn(&mut Manifest)| [file("probes/p.safetensors", probe("p", change))];
+        let named = "lib/probes/p.safetensors";
+        check_refused(
+            &wrong(|m| m.model.architecture_id = "other".into()),
+            &[named, "`other`", "fit it again"],
+        );
+        check_refused(
+            &wrong(|m| m.d_model = 3),
+            &[named, "d_model", "fit it again"],
+        );
+        check_refused(
+            &wrong(|m| m.canaries[0].tokens[0] = 8),
+            &[named, "canaries[0]", "token 8"],
+        );
+        check_refused(
+            &[file("heads/h.safetensors", head("h", 9))],
+            &["lib/heads/h.safetensors", "vocab"],
+        );
+        let mut shallow = ids();
+        shallow.n_layers = 3;
+        let error = Snapshot::from_files(&complete(), &shallow, None).unwrap_err();
+        assert!(
+            error.to_string().contains("prompt_harm.safetensors"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_name_is_taken_once_per_kind() {
+        check_refused(
+            &[
+                file("probes/a.safetensors", probe("p", |_| {})),
+                file("probes/b.safetensors", probe("p", |_| {})),
+            ],
+            &[
+                "lib/probes/b.safetensors",
+                "`p`",
+                "lib/probes/a.safetensors",
+            ],
+        );
+        check_refused(
+            &[
+                file("policies/a.toml", "name = \"x\""),
+                file("policies/x.toml", ""),
+            ],
+            &["lib/policies/x.toml", "lib/policies/a.toml"],
+        );
+        check_refused(&[file("policies/empty.toml", "")], &["rename it"]);
+        // A vector and a head may share a name.
+        snapshot(&[
+            file("vectors/v.safetensors", vector("refusal")),
+            file("heads/h.safetensors", head("refusal", 8)),
+        ]);
+    }
+
+    #[test]
+    fn a_broken_file_is_refused_by_name() {
+        for (inside, bytes) in [
+            (
+                "probes/p.safetensors",
+                &b"\xff\xff\xff\xff\xff\xff\xff\x7f"[..],
+            ),
+            ("vectors/v.safetensors", b""),
+            ("heads/h.safetensors", b"{}"),
+            ("policies/p.toml", b"\xff"),
+            ("policies/p.toml", b"[[rule]]"),
+        ] {
+            check_refused(&[file(inside, bytes)], &["lib/", inside]);
+        }
+        check_refused(
+            &[file("policies/p.toml", POLICY)],
+            &["lib/policies/p.toml", "detector `harm`", "prompt_harm"],
+        );
+    }
+
+    #[test]
+    fn what_is_no_part_of_a_library_is_passed_over_or_refused() {
+        let read = |inside: &str| LibraryFile::new("x".into(), inside, || Ok(vec![]));
+        for inside in [
+            "README.md",
+            "probes/.hidden",
+            "probes/a.partial",
+            "probes/NOTES.md",
+        ] {
+            assert!(read(inside).unwrap().is_none(), "{inside}");
+        }
+        for inside in [
+            "probes/p.pickle",
+            "probes/p",
+            "probes/A.safetensors",
+            "probes/../x.safetensors",
+            "policies/p.safetensors",
+            "weights/p.safetensors",
+            "p.safetensors",
+        ] {
+            assert!(read(inside).is_err(), "{inside}");
+        }
+    }
+
+    #[test]
+    fn the_default_policy_is_chosen_named_or_the_only_one() {
+        let chosen = |names: &[&str], wanted: Option<&str>| {
+            let files: Vec<_> = names
+                .iter()
+                .map(|name| file(&format!("policies/{name}.toml"), ""))
+                .collect();
+            Snapshot::from_files(&files, &ids(), wanted).map(|snapshot| snapshot.default_policy)
+        };
+        assert_eq!(chosen(&[], None).unwrap(), EMPTY_POLICY);
+        assert_eq!(chosen(&["a"], None).unwrap(), "a");
+        assert_eq!(chosen(&["a", "default"], None).unwrap(), "default");
+        assert_eq!(chosen(&["a", "default"], Some("a")).unwrap(), "a");
+        assert_eq!(chosen(&["a"], Some(EMPTY_POLICY)).unwrap(), EMPTY_POLICY);
+        assert!(
+            chosen(&["a", "b"], None)
+                .unwrap_err()
+                .to_string()
+                .contains("--policy")
+        );
+        assert!(
+            chosen(&["a"], Some("b"))
+                .unwrap_err()
+                .to_string()
+                .contains("`a`")
+        );
+    }
+
+    #[test]
+    fn on_other_weights_a_probe_enforces_only_after_its_canaries() {
+        let mut tuned = ids();
+        tuned.weights_id = "tuned".into();
+        let snapshot = Snapshot::from_files(&complete(), &tuned, None).unwrap();
+        let policy = snapshot.policy(None).unwrap().clone();
+        let refused = |snapshot: &Snapshot| {
+            let error = snapshot.may_enforce(&policy).expect_err("may not enforce");
+            error.to_string()
+        };
+        assert!(refused(&snapshot).contains("not run"));
+        snapshot.may_enforce(&Policy::empty()).unwrap();
+
+        let good: Vec<f32> = (0..8).map(|i| i as f32 - 3.5).collect();
+        let judged = |logits| snapshot.with_canary_results([("prompt_harm", logits)]);
+        let passed = judged(Ok(good.clone()));
+        passed.may_enforce(&policy).unwrap();
+        assert_eq!(passed.hash, snapshot.hash);
+
+        let mut off = good;
+        off[2] += 1.0;
+        assert!(refused(&judged(Ok(off))).contains("canary 2"));
+        assert!(refused(&judged(Err("the pass failed".into()))).contains("the pass failed"));
+        assert!(refused(&judged(Ok(vec![f32::NAN; 8]))).contains("canary 0"));
+        let standing = &judged(Ok(vec![])).probes[0].standing;
+        let failed = matches!(
+            standing,
+            Standing::Unverified {
+                canaries: Canaries::Failed(_)
+            }
+        );
+        assert!(failed, "{standing:?}");
+    }
+
+    #[test]
+    fn canaries_leave_a_native_probe_native() {
+        let snapshot = snapshot(&complete());
+        let judged = snapshot.with_canary_results([("prompt_harm", Ok(vec![0.0; 8]))]);
+        assert_eq!(judged.probes[0].standing, Standing::Native);
+    }
+
+    #[test]
+    fn a_request_outside_the_training_is_out_of_domain() {
+        let snapshot = snapshot(&complete());
+        let chat = |user_turns| PromptForm::Chat {
+            template_hash: "template".into(),
+            system_prompt: None,
+            user_turns,
+            prefilled_answer: false,
+        };
+        assert!(!snapshot.probes[0].out_of_domain(&chat(1)));
+        assert!(snapshot.probes[0].out_of_domain(&chat(2)));
+        assert!(snapshot.probes[0].out_of_domain(&PromptForm::RawText));
+    }
+
+    fn write(dir: &Path, files: &[LibraryFile]) {
+        for file in files {
+            let path = dir.join(file.path.strip_prefix("lib/").unwrap());
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, &file.bytes).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_folder_gives_what_its_files_give() {
+        let root = tempfile::tempdir().unwrap();
+        write(root.path(), &complete());
+        fs::write(root.path().join("probes/README.md"), "").unwrap();
+        let registry = Registry::load(root.path(), &ids(), None).unwrap();
+        let before = registry.snapshot();
+        assert_eq!(before.hash, snapshot(&complete()).hash);
+        registry.replace(Snapshot::empty());
+        assert!(registry.snapshot().probes.is_empty());
+        assert_eq!(
+            before.probes.len(),
+            1,
+            "a request keeps the snapshot it was admitted under"
+        );
+    }
+
+    #[test]
+    fn a_missing_folder_or_a_folder_as_a_file_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let missing = root.path().join("nowhere");
+        let message = |dir: &Path| Registry::load(dir, &ids(), None).err().unwrap().to_string();
+        assert!(message(&missing).contains("nowhere"));
+        fs::create_dir_all(root.path().join("probes/p.safetensors")).unwrap();
+        assert!(message(root.path()).contains("p.safetensors: is not a plain file"));
+    }
+
+    #[test]
+    fn a_file_beyond_the_cap_is_not_read() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("big");
+        fs::write(&path, b"12345").unwrap();
+        assert_eq!(read_capped(&path, 5).unwrap(), b"12345");
+        assert!(
+            read_capped(&path, 4)
+                .unwrap_err()
+                .to_string()
+                .contains("larger than 4")
+        );
+    }
+
+    #[test]
+    fn the_library_is_the_one_made_for_the_architecture() {
+        let root = tempfile::tempdir().unwrap();
+        let other = probe("p", |m| m.model.architecture_id = "other".into());
+        write(
+            &root.path().join("a"),
+            &[file("probes/p.safetensors", other)],
+        );
+        assert_eq!(library_for(&ids(), root.path()).unwrap(), None);
+        write(&root.path().join("b"), &complete());
+        let found = library_for(&ids(), root.path()).unwrap();
+        assert_eq!(found, Some(root.path().join("b")));
+        let itself = library_for(&ids(), &root.path().join("b")).unwrap();
+        assert_eq!(itself, Some(root.path().join("b")));
+        write(
+            &root.path().join("a"),
+            &[file("probes/q.safetensors", *b"broken")],
+        );
+        let message = library_for(&ids(), root.path()).unwrap_err().to_string();
+        assert!(message.contains("q.safetensors"), "{message}");
     }
 }

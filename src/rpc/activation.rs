@@ -41,7 +41,11 @@ impl ActivationService for Activation {
         request: Request<CaptureActivationsRequest>,
     ) -> Result<Response<Self::CaptureActivationsStream>, Status> {
         let (metadata, _, request) = request.into_parts();
-        let call = Call::begin(&metadata, convert::request_id(&request.input), self.0.deadlines)?;
+        let call = Call::begin(
+            &metadata,
+            convert::request_id(&request.input),
+            self.0.deadlines,
+        )?;
         let stream = async {
             let (draft, shipping) = convert::capture(request)?;
             let prepared = self.0.prepare(&call, draft).await?;
@@ -50,10 +54,12 @@ impl ActivationService for Activation {
             let terms = Terms::new(&call, &prepared.monitor);
             let running = self.0.submit(&call, prepared)?;
             let items = move |event| items(&terms, &mut budget, event);
-            Ok(running.into_stream(items, |event_number, event| CaptureActivationsResponse {
-                event_number,
-                event: Some(event),
-            }))
+            Ok(
+                running.into_stream(items, |event_number, event| CaptureActivationsResponse {
+                    event_number,
+                    event: Some(event),
+                }),
+            )
         };
         call.answer(stream.await)
     }
@@ -96,9 +102,9 @@ impl Activation {
             d_model: saturated(info.config.d_model),
             layers: saturated(info.config.n_layers),
             vocabulary_size: saturated(info.config.vocab_size),
-            parameters: info.parameters,
-            weight_format: info.weight_format.to_string(),
-            kv_type: info.kv_type.to_string(),
+            weight_bytes: u64::try_from(info.weight_bytes).unwrap_or(u64::MAX),
+            weight_format: info.weight_format.clone(),
+            kv_type: info.kv_type.clone(),
             kernel_identity: info.kernel_identity.clone(),
             policy: policy.name.clone(),
             policy_revision: policy.revision,
@@ -207,6 +213,7 @@ fn known_rows(request: &Prepared) -> usize {
         Some(PositionSelection::LastPromptToken) => 1,
         Some(PositionSelection::AllPrompt) => prompt,
         Some(PositionSelection::Generated) => answer,
+        Some(PositionSelection::FromLastPromptToken) => answer.saturating_add(1),
         Some(PositionSelection::All) => prompt.saturating_add(answer),
     }
 }

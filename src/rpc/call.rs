@@ -160,7 +160,16 @@ mod tests {
     fn an_id_that_could_break_a_log_or_a_header_is_refused() {
         let long = "x".repeat(129);
         let huge = "x".repeat(64 << 10);
-        for id in ["a\r\nb", "a b", "é", "a\0", "../x", "a/b", long.as_str(), huge.as_str()] {
+        for id in [
+            "a\r\nb",
+            "a b",
+            "é",
+            "a\0",
+            "../x",
+            "a/b",
+            long.as_str(),
+            huge.as_str(),
+        ] {
             let status = Call::begin(&MetadataMap::new(), id, DEADLINES).expect_err("refused");
             assert_eq!(status.code(), Code::InvalidArgument);
             assert!(status.message().starts_with("input.request_id: "));
@@ -176,8 +185,14 @@ mod tests {
         let begin = |value: &str| Call::begin(&metadata(TIMEOUT, value), "", DEADLINES);
         let default = Call::begin(&MetadataMap::new(), "", DEADLINES).expect("begins");
         assert_eq!(budget(&default), DEADLINES.default - MAX_HEADSTART);
-        assert_eq!(budget(&begin("5S").expect("begins")), Duration::from_millis(4980));
-        assert_eq!(budget(&begin("100m").expect("begins")), Duration::from_millis(95));
+        assert_eq!(
+            budget(&begin("5S").expect("begins")),
+            Duration::from_millis(4980)
+        );
+        assert_eq!(
+            budget(&begin("100m").expect("begins")),
+            Duration::from_millis(95)
+        );
         assert_eq!(
             budget(&begin("99999999H").expect("begins")),
             DEADLINES.max - MAX_HEADSTART
@@ -187,7 +202,18 @@ mod tests {
 
     #[test]
     fn a_deadline_that_cannot_be_read_is_refused() {
-        for value in ["", "S", "5", "5s", "-5S", "1.5S", "+5S", "123456789S", "5 S", " "] {
+        for value in [
+            "",
+            "S",
+            "5",
+            "5s",
+            "-5S",
+            "1.5S",
+            "+5S",
+            "123456789S",
+            "5 S",
+            " ",
+        ] {
             let status =
                 Call::begin(&metadata(TIMEOUT, value), "", DEADLINES).expect_err("refused");
             assert_eq!(status.code(), Code::InvalidArgument, "{value:?}");

@@ -57,8 +57,8 @@ pub(super) fn capture(request: proto::CaptureActivationsRequest) -> Result<(Draf
         dtype: Dtype::parse("dtype", request.dtype)?.unwrap_or(Dtype::Bf16),
         max_bytes: max_bytes(request.max_bytes)?,
     };
-    let positions = positions("positions", request.positions)?
-        .unwrap_or(PositionSelection::LastPromptToken);
+    let positions =
+        positions("positions", request.positions)?.unwrap_or(PositionSelection::LastPromptToken);
     let sites = sites(request.sites)?;
     let input = set(request.input)?;
     let answer = answer(request.answer)?;
@@ -254,9 +254,10 @@ fn check_strength(field: &str, kind: InterventionKindDraft, strength: Option<f32
             field,
             "must not be set with PROJECT_OUT, which has none",
         )),
-        (Kind::ClampAbove | Kind::ClampBelow, None) => {
-            Err(Error::invalid(field, "must be set: it is the clamp's bound"))
-        }
+        (Kind::ClampAbove | Kind::ClampBelow, None) => Err(Error::invalid(
+            field,
+            "must be set: it is the clamp's bound",
+        )),
         _ => Ok(()),
     }
 }
@@ -284,6 +285,9 @@ fn positions(field: &str, number: i32) -> Result<Option<PositionSelection>> {
         Ok(proto::PositionSelection::AllPrompt) => Ok(Some(PositionSelection::AllPrompt)),
         Ok(proto::PositionSelection::Generated) => Ok(Some(PositionSelection::Generated)),
         Ok(proto::PositionSelection::All) => Ok(Some(PositionSelection::All)),
+        Ok(proto::PositionSelection::FromLastPromptToken) => {
+            Ok(Some(PositionSelection::FromLastPromptToken))
+        }
         Err(_) => Err(unknown_number(field, number)),
     }
 }
@@ -468,7 +472,15 @@ mod tests {
 
     #[test]
     fn text_of_any_characters_passes_unchanged() {
-        for text in ["\0", "\u{202e}abc", "<|im_end|>", "e\u{301}\u{301}", "\u{e000}", "🦀", " "] {
+        for text in [
+            "\0",
+            "\u{202e}abc",
+            "<|im_end|>",
+            "e\u{301}\u{301}",
+            "\u{e000}",
+            "🦀",
+            " ",
+        ] {
             let mut input = input();
             input.prompt = Some(chat(&[("user", text)]));
             let draft = generation(Some(input)).expect("accepted");
@@ -544,7 +556,10 @@ mod tests {
         let unset = sampling(proto::SamplingOptions::default());
         assert!(unset.seed.is_some());
         assert_eq!(
-            SamplingDraft { seed: None, ..unset },
+            SamplingDraft {
+                seed: None,
+                ..unset
+            },
             SamplingDraft::default()
         );
         let zero = sampling(proto::SamplingOptions {
@@ -562,9 +577,13 @@ mod tests {
     #[test]
     fn an_intervention_that_could_be_skipped_is_refused() {
         check_intervention(".vector", |one| one.vector = None);
-        check_intervention(".name", |one| one.vector = Some(Vector::Name(String::new())));
+        check_intervention(".name", |one| {
+            one.vector = Some(Vector::Name(String::new()))
+        });
         check_intervention(".kind", |one| one.kind = 0);
-        check_intervention(".site", |one| one.vector = Some(Vector::Value(value(&[1.0]))));
+        check_intervention(".site", |one| {
+            one.vector = Some(Vector::Value(value(&[1.0])))
+        });
         check_intervention(".strength", |one| {
             one.kind = proto::InterventionKind::ProjectOut.into();
             one.strength = Some(1.0);
@@ -584,7 +603,9 @@ mod tests {
                 above,
             })
         };
-        check_intervention(".condition.detector", |one| one.condition = condition("", 0.0));
+        check_intervention(".condition.detector", |one| {
+            one.condition = condition("", 0.0)
+        });
         check_intervention(".condition.above", |one| {
             one.condition = condition("prompt_harm", f32::NAN);
         });

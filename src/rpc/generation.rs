@@ -5,6 +5,7 @@ use futures::stream::BoxStream;
 use tonic::{Request, Response, Status};
 
 use super::call::Call;
+use super::convert;
 use super::proto::generate_stream_response::Event as Item;
 use super::proto::generation_service_server::GenerationService;
 use super::proto::{
@@ -14,7 +15,6 @@ use super::proto::{
 use super::reply::{self, Terms};
 use super::running::Running;
 use super::server::Served;
-use super::convert;
 use crate::engine::event::{Event, Score};
 use crate::engine::fold::Folded;
 use crate::error::Result;
@@ -49,10 +49,12 @@ impl GenerationService for Generation {
         let stream = async {
             let (running, terms) = self.0.start(&call, convert::generation(input)?).await?;
             let items = move |event| Ok(item(&terms, event).into_iter().collect());
-            Ok(running.into_stream(items, |event_number, event| GenerateStreamResponse {
-                event_number,
-                event: Some(event),
-            }))
+            Ok(
+                running.into_stream(items, |event_number, event| GenerateStreamResponse {
+                    event_number,
+                    event: Some(event),
+                }),
+            )
         };
         call.answer(stream.await)
     }
@@ -62,7 +64,11 @@ impl GenerationService for Generation {
         request: Request<ScoreRequest>,
     ) -> Result<Response<ScoreResponse>, Status> {
         let (metadata, _, request) = request.into_parts();
-        let call = Call::begin(&metadata, convert::request_id(&request.input), self.0.deadlines)?;
+        let call = Call::begin(
+            &metadata,
+            convert::request_id(&request.input),
+            self.0.deadlines,
+        )?;
         let reply = async {
             let (running, terms) = self.0.start(&call, convert::score(request)?).await?;
             let (folded, token_scores) = fold(running).await?;
@@ -121,7 +127,10 @@ mod tests {
             panic!("no started");
         };
         assert_eq!((started.policy_revision, started.cached_tokens), (7, 3));
-        assert!(matches!(item(Event::Delta(Delta::default())), Some(Item::Delta(_))));
+        assert!(matches!(
+            item(Event::Delta(Delta::default())),
+            Some(Item::Delta(_))
+        ));
         let Some(Item::Retract(retract)) = item(Event::Retract(retract)) else {
             panic!("no retract");
         };

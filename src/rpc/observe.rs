@@ -165,7 +165,10 @@ mod tests {
 
     #[test]
     fn a_made_up_method_is_not_a_label() {
-        assert_eq!(Tally::begin("/inwit.v1.GenerationService/Score").method, METHODS[2]);
+        assert_eq!(
+            Tally::begin("/inwit.v1.GenerationService/Score").method,
+            METHODS[2]
+        );
         assert_eq!(Tally::begin("/a/b").method, "unknown");
     }
 

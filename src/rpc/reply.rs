@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use super::call::Call;
 use super::proto::{self, FinishReason as WireReason, PolicyAction};
-use crate::engine::event::{Completed, Delta, FinishReason, Retract, Score, Timings, Usage, Verdict};
+use crate::engine::event::{
+    Completed, Delta, FinishReason, Retract, Score, Timings, Usage, Verdict,
+};
 use crate::engine::fold::Folded;
 use crate::engine::request::Monitor;
 use crate::engine::sampler::TokenLogprobs;
@@ -328,7 +330,10 @@ pub(super) mod tests {
     #[test]
     fn a_reply_carries_all_of_the_end() {
         let reply = terms(false).generated(folded()).expect("a reply");
-        assert_eq!((reply.text.as_str(), reply.token_ids.as_slice()), ("Yes", [5].as_slice()));
+        assert_eq!(
+            (reply.text.as_str(), reply.token_ids.as_slice()),
+            ("Yes", [5].as_slice())
+        );
         assert_eq!(reply.policy_revision, 7);
         assert_eq!(reply.mode, proto::MonitorMode::Enforce as i32);
         assert_eq!(reply.finish_reason, WireReason::Stop as i32);
@@ -341,7 +346,9 @@ pub(super) mod tests {
 
     #[test]
     fn a_score_reply_always_has_gathered_scores() {
-        let reply = terms(false).scored(folded(), &[a_score()]).expect("a reply");
+        let reply = terms(false)
+            .scored(folded(), &[a_score()])
+            .expect("a reply");
         assert_eq!(reply.scores.len(), 1);
         assert!(reply.token_scores.is_empty());
         let reply = terms(true).scored(folded(), &[a_score()]).expect("a reply");

@@ -187,7 +187,11 @@ mod tests {
 
     fn running(events: Vec<Event>, then: BoxStream<'static, Event>) -> Running {
         let stop = CancellationToken::new();
-        Running::new(stream::iter(events).chain(then), call(Duration::from_secs(60)), stop)
+        Running::new(
+            stream::iter(events).chain(then),
+            call(Duration::from_secs(60)),
+            stop,
+        )
     }
 
     /// Stands for the engine's side of a request: knows when nobody listens any more.
@@ -221,13 +225,18 @@ mod tests {
     async fn an_engine_that_goes_silent_for_ever_is_unavailable() {
         let mut running = running(vec![started()], stream::empty().boxed());
         let seen = all(&mut running).await;
-        assert!(matches!(seen.as_slice(), [Ok("started"), Err(Error::Unavailable(_))]));
+        assert!(matches!(
+            seen.as_slice(),
+            [Ok("started"), Err(Error::Unavailable(_))]
+        ));
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_deadline_ends_the_request_and_says_how_far_it_came() {
         let guard = Arc::new(());
-        let mut running = running(vec![started(), delta(&[1, 2])], open(guard.clone()));
+        let events = stream::iter([started(), delta(&[1, 2])]).chain(open(guard.clone()));
+        let soon = call(Duration::from_millis(20));
+        let mut running = Running::new(events, soon, CancellationToken::new());
         let seen = all(&mut running).await;
         let Some(Err(Error::DeadlineExceeded { tokens_done, .. })) = seen.last() else {
             panic!("{seen:?}");

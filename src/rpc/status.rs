@@ -22,7 +22,7 @@ const MAX_DETAIL: usize = 256;
 const UNAVAILABLE_RETRY: Duration = Duration::from_secs(1);
 
 /// The status for `error`, which ended the request `request_id`.
-pub fn status(error: &Error, request_id: &str) -> Status {
+pub(super) fn status(error: &Error, request_id: &str) -> Status {
     log(error, request_id);
     let Row {
         code,
@@ -62,7 +62,11 @@ pub(super) fn unreadable(reason: &str) -> Status {
     if let Some(field) = field {
         details.add_bad_request_violation(field, what);
     }
-    Status::with_error_details(Code::InvalidArgument, shorten(&message, MAX_MESSAGE), details)
+    Status::with_error_details(
+        Code::InvalidArgument,
+        shorten(&message, MAX_MESSAGE),
+        details,
+    )
 }
 
 struct Row {
@@ -205,14 +209,15 @@ fn shorten(text: &str, limit: usize) -> String {
     text[..end].chars().map(clean).chain(CUT.chars()).collect()
 }
 
-/// The fields that prost names: `… message: Outer.a: Inner.b: what is wrong` is `a.b`.
+/// The fields that prost names, innermost first: `… message: Inner.b: Outer.a: what is wrong` is `a.b`.
 fn field_path(reason: &str) -> Option<String> {
-    let path: Vec<&str> = reason
+    let mut path: Vec<&str> = reason
         .split(": ")
         .skip(1)
         .map_while(|part| part.split_once('.').map(|(_, field)| field))
         .take_while(|field| field.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'))
         .collect();
+    path.reverse();
     (!path.is_empty()).then(|| path.join("."))
 }
 
@@ -225,7 +230,10 @@ mod tests {
     fn one_of_each() -> Vec<(&'static str, Error)> {
         let text = || "what".to_owned();
         let errors = vec![
-            ("InvalidRequest", Error::invalid("input.chat", "must be set")),
+            (
+                "InvalidRequest",
+                Error::invalid("input.chat", "must be set"),
+            ),
             (
                 "ContextLength",
                 Error::ContextLength {
@@ -389,7 +397,10 @@ mod tests {
 
         let resource = details(&errors["NotFound"]);
         let resource = resource.resource_info().expect("resource").clone();
-        assert_eq!((&*resource.resource_type, &*resource.resource_name), ("model", "other"));
+        assert_eq!(
+            (&*resource.resource_type, &*resource.resource_name),
+            ("model", "other")
+        );
 
         let facts = details(&errors["DeadlineExceeded"]);
         let facts = &facts.error_info().expect("info").metadata;
@@ -429,11 +440,11 @@ mod tests {
 
     #[test]
     fn a_message_that_cannot_be_read_names_its_field() {
-        let reason = "failed to decode Protobuf message: GenerateRequest.input: \
-            GenerationInput.raw_text: invalid string value: data is not UTF-8 encoded";
+        let reason = "failed to decode Protobuf message: GenerationInput.prompt: \
+            GenerateRequest.input: invalid string value: data is not UTF-8 encoded";
         let status = unreadable(reason);
         assert_eq!(status.code(), Code::InvalidArgument);
-        assert!(status.message().starts_with("input.raw_text: "), "{status:?}");
+        assert!(status.message().starts_with("input.prompt: "), "{status:?}");
         let garbage = unreadable("failed to decode Protobuf message: invalid tag value: 0");
         assert_eq!(garbage.code(), Code::InvalidArgument);
         assert!(garbage.get_error_details().bad_request().is_none());

@@ -213,8 +213,14 @@ mod tests {
             };
             assert_eq!(refused_field(&tensor), "v.dtype", "{dtype}");
         }
-        assert!(matches!(Dtype::parse("d", 4), Err(Error::Unsupported { .. })));
-        assert!(matches!(Dtype::parse("d", 9), Err(Error::InvalidRequest { .. })));
+        assert!(matches!(
+            Dtype::parse("d", 4),
+            Err(Error::Unsupported { .. })
+        ));
+        assert!(matches!(
+            Dtype::parse("d", 9),
+            Err(Error::InvalidRequest { .. })
+        ));
     }
 
     #[test]

@@ -80,10 +80,16 @@ impl<'a> Alone<'a> {
             plan.capture(*site, 0, 0..tokens.len());
         }
         let mut run = HookRun::new(&plan, tokens.len());
-        let hidden = self.decoder.forward(&batch, &mut self.kv, &mut run).unwrap();
+        let hidden = self
+            .decoder
+            .forward(&batch, &mut self.kv, &mut run)
+            .unwrap();
         self.seen += tokens.len();
         let captured = run.finish().captured;
-        (hidden, captured.into_iter().map(|c| (c.site, c.values)).collect())
+        (
+            hidden,
+            captured.into_iter().map(|c| (c.site, c.values)).collect(),
+        )
     }
 
     fn last_logits(&self, hidden: &Tensor) -> Vec<f32> {
@@ -105,7 +111,10 @@ fn assert_close(got: &[f32], expected: &[f32], tolerance: f32, what: &str) {
         worst / largest
     );
     let dot = |a: &[f32], b: &[f32]| -> f64 {
-        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum()
     };
     let cosine = dot(got, expected) / (dot(got, got) * dot(expected, expected)).sqrt();
     assert!(cosine >= COSINE, "{what}: cosine {cosine}");
@@ -136,7 +145,11 @@ fn check_decoder(decoder: &Decoder, reference: &Reference, tolerance: f32, model
         let sites: Vec<Site> = Site::all(decoder.config().n_layers).collect();
         let mut alone = Alone::new(decoder);
         let (hidden, captured) = alone.feed(&tokens, &sites);
-        assert_eq!(captured.len(), sites.len(), "{model}: a site was not visited");
+        assert_eq!(
+            captured.len(),
+            sites.len(),
+            "{model}: a site was not visited"
+        );
         for (site, values) in &captured {
             let name = format!("p{prompt}.{site}");
             if !reference.has(&name) {
@@ -148,7 +161,9 @@ fn check_decoder(decoder: &Decoder, reference: &Reference, tolerance: f32, model
                 compared += 1;
             }
         }
-        check_logits(decoder, reference, prompt, &hidden, &positions, tolerance, model);
+        check_logits(
+            decoder, reference, prompt, &hidden, &positions, tolerance, model,
+        );
         check_greedy(&mut alone, reference, prompt, hidden, tolerance, model);
     }
     assert!(compared > 0, "{model}: nothing was compared");
@@ -175,9 +190,18 @@ fn check_logits(
     }
     let ids = reference.integers(&format!("p{prompt}.top_ids"));
     let rows = reference.floats(&format!("p{prompt}.top_logits"));
-    for ((got, row), ids) in logits.chunks_exact(vocab).zip(&rows).zip(ids.chunks(rows[0].len())) {
+    for ((got, row), ids) in logits
+        .chunks_exact(vocab)
+        .zip(&rows)
+        .zip(ids.chunks(rows[0].len()))
+    {
         let got: Vec<f32> = ids.iter().map(|id| got[*id as usize]).collect();
-        assert_close(&got, row, tolerance, &format!("{model} p{prompt}.top_logits"));
+        assert_close(
+            &got,
+            row,
+            tolerance,
+            &format!("{model} p{prompt}.top_logits"),
+        );
     }
 }
 
@@ -199,7 +223,11 @@ fn check_greedy(
             assert!(step > 0, "{model} p{prompt}: no greedy step is decidable");
             return;
         }
-        assert_eq!(argmax(&logits), *expected, "{model} p{prompt} greedy step {step}");
+        assert_eq!(
+            argmax(&logits),
+            *expected,
+            "{model} p{prompt} greedy step {step}"
+        );
         hidden = alone.feed(&[*expected], &[]).0;
     }
 }
@@ -208,7 +236,10 @@ const FILES: &[(&str, &str)] = &[
     ("llama/hf", "llama/reference.safetensors"),
     ("llama/model.gguf", "llama/reference.safetensors"),
     ("llama/model-q8_0.gguf", "llama/reference_q8_0.safetensors"),
-    ("llama/model-mixed.gguf", "llama/reference_mixed.safetensors"),
+    (
+        "llama/model-mixed.gguf",
+        "llama/reference_mixed.safetensors",
+    ),
     ("llama3/hf", "llama3/reference.safetensors"),
     ("llama3/model.gguf", "llama3/reference.safetensors"),
     ("qwen2/hf", "qwen2/reference.safetensors"),
@@ -247,7 +278,10 @@ fn k_quants_agree_with_their_dequantised_reference() {
     assert!(!gguf.is_empty());
     for path in gguf {
         let name = path.file_name().unwrap().to_str().unwrap();
-        let reference = match name.strip_prefix("model-").and_then(|n| n.strip_suffix(".gguf")) {
+        let reference = match name
+            .strip_prefix("model-")
+            .and_then(|n| n.strip_suffix(".gguf"))
+        {
             Some(format) => format!("kquants/reference_{format}.safetensors"),
             None => "kquants/reference.safetensors".to_owned(),
         };

@@ -79,11 +79,7 @@ impl Loader<'_> {
         let (d_model, q, kv) = self.widths();
         Ok(Attention {
             qkv_proj: self.linear(
-                &[
-                    (&at("q_proj"), q),
-                    (&at("k_proj"), kv),
-                    (&at("v_proj"), kv),
-                ],
+                &[(&at("q_proj"), q), (&at("k_proj"), kv), (&at("v_proj"), kv)],
                 d_model,
             )?,
             qkv_bias: None,

@@ -1,0 +1,584 @@
+//! The engine's thread: admit, run one pass over all rows, hand the results out, again.
+//! Owns model, KV cache and scheduler; knows nothing of the wire.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc as commands;
+use std::time::Instant;
+
+use inwit_probes::TokenOutput;
+
+use super::blocks::{BlockKey, BlockPool, BlockScores, Found, block_key};
+use super::event::{Captured, Event};
+use super::handle::{Admission, Command, EngineOptions, ModelInfo, Shared};
+use super::readout::readout_policy;
+use super::request::{Intervention, Work};
+use super::scheduler::{Pending, next_step};
+use super::sequence::{Effect, Scored, Sequence, Surroundings};
+use crate::error::{Error, Result};
+use crate::hooks::{HookPlan, HookRun, ProbeStack, RowCondition};
+use crate::metrics;
+use crate::model::kernels::KV_BLOCK;
+use crate::model::{Batch, Decoder, KvCache, RefusalRow, Tokenizer};
+use crate::policy::{DecisionSink, Mode, Policy};
+use crate::registry::Snapshot;
+
+pub(super) struct StepLoop {
+    decoder: Decoder,
+    kv: KvCache,
+    info: ModelInfo,
+    options: EngineOptions,
+    shared: Arc<Shared>,
+    receiver: commands::Receiver<Command>,
+    pool: rayon::ThreadPool,
+    blocks: BlockPool,
+    around: Surroundings,
+    waiting: VecDeque<Admission>,
+    running: Vec<Sequence>,
+    /// What was made from the snapshots in use, newest last.
+    prepared: Vec<Prepared>,
+    /// Whether a handle is left that could still submit.
+    open: bool,
+}
+
+/// What every request under one snapshot shares.
+struct Prepared {
+    snapshot_hash: String,
+    stack: Arc<ProbeStack>,
+    readout: Arc<Policy>,
+    /// The content hash of each probe.
+    probes: Arc<Vec<String>>,
+}
+
+/// Snapshots whose stacks are kept; a request in flight keeps its own alive besides.
+const PREPARED_SNAPSHOTS: usize = 4;
+
+impl StepLoop {
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn new(
+        decoder: Decoder,
+        kv: KvCache,
+        tokenizer: Tokenizer,
+        info: ModelInfo,
+        options: EngineOptions,
+        sink: Arc<dyn DecisionSink>,
+        shared: Arc<Shared>,
+        receiver: commands::Receiver<Command>,
+        pool: rayon::ThreadPool,
+    ) -> Self {
+        Self {
+            blocks: BlockPool::new(kv.blocks()),
+            around: Surroundings {
+                tokenizer,
+                sink,
+                journal_key: options.journal_key,
+                kernel_identity: info.kernel_identity.clone(),
+            },
+            decoder,
+            kv,
+            info,
+            options,
+            shared,
+            receiver,
+            pool,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            prepared: Vec::new(),
+            open: true,
+        }
+    }
+
+    /// Runs until no handle is left and every sequence has ended.
+    pub(super) fn run(&mut self) {
+        while self.listen() {
+            self.drop_the_gone();
+            self.admit();
+            if self.running.is_empty() {
+                self.tell_load();
+                continue;
+            }
+            let step = catch_unwind(AssertUnwindSafe(|| self.step()));
+            let failure = match step {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(error),
+                Err(_) => Some(Error::internal("the step panicked")),
+            };
+            if let Some(error) = failure {
+                self.fail_all(&error);
+            }
+            self.running.retain(|sequence| !sequence.finished);
+            self.tell_load();
+        }
+    }
+
+    /// Takes in commands; waits for one when there is nothing to do. False when all is over.
+    fn listen(&mut self) -> bool {
+        if self.running.is_empty() && self.waiting.is_empty() {
+            if !self.open {
+                return false;
+            }
+            match self.receiver.recv() {
+                Ok(command) => self.obey(command),
+                Err(commands::RecvError) => return false,
+            }
+        }
+        loop {
+            match self.receiver.try_recv() {
+                Ok(command) => self.obey(command),
+                Err(commands::TryRecvError::Empty) => return true,
+                Err(commands::TryRecvError::Disconnected) => {
+                    self.open = false;
+                    return true;
+                }
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(admission) => self.waiting.push_back(*admission),
+            Command::Wake => {}
+        }
+    }
+
+    /// Ends sequences whose client left or whose time is up, running or waiting.
+    fn drop_the_gone(&mut self) {
+        let now = Instant::now();
+        for sequence in &mut self.running {
+            if sequence.is_abandoned() {
+                sequence.finish_failed(Error::Cancelled, &self.around);
+            } else if sequence.is_late(now) {
+                sequence.finish_late(&self.around);
+            }
+        }
+        self.running.retain(|sequence| !sequence.finished);
+        let late = |admission: &Admission| {
+            admission.events.is_closed()
+                || admission.place.aborted.load(Ordering::Acquire)
+                || admission.request.deadline.is_some_and(|d| now >= d)
+        };
+        for index in (0..self.waiting.len()).rev() {
+            if late(&self.waiting[index])
+                && let Some(admission) = self.waiting.remove(index)
+            {
+                let mut sequence = self.sequence(admission);
+                if sequence.is_abandoned() {
+                    sequence.finish_failed(Error::Cancelled, &self.around);
+                } else {
+                    sequence.finish_late(&self.around);
+                }
+            }
+        }
+    }
+
+    /// Starts waiting requests, first come first served, while there is room for all they may need.
+    fn admit(&mut self) {
+        while self.running.len() < self.options.max_running {
+            let Some(next) = self.waiting.front() else {
+                return;
+            };
+            let (_, blocks) = self.needs(next);
+            let promised: usize = self
+                .running
+                .iter()
+                .map(|sequence| sequence.most_blocks.saturating_sub(sequence.blocks.len()))
+                .sum();
+            if self.blocks.available() < promised + blocks {
+                return;
+            }
+            if let Some(admission) = self.waiting.pop_front() {
+                let mut sequence = self.sequence(admission);
+                self.use_cache(&mut sequence);
+                sequence.start(&self.around);
+                if !sequence.finished {
+                    self.running.push(sequence);
+                }
+            }
+        }
+    }
+
+    /// Answer tokens and blocks that a request may need.
+    fn needs(&self, admission: &Admission) -> (usize, usize) {
+        let prompt = admission.request.prompt.tokens.len();
+        let fits = self.info.context_length.saturating_sub(prompt);
+        let answer = match &admission.request.work {
+            Work::Score { answer } => answer.len(),
+            Work::Generate => admission
+                .request
+                .sampling
+                .max_tokens
+                .map_or(fits, |tokens| tokens as usize),
+        };
+        let answer = answer.min(fits);
+        (answer, (prompt + answer).div_ceil(KV_BLOCK))
+    }
+
+    fn sequence(&mut self, admission: Admission) -> Sequence {
+        let waiting = &self.shared.waiting;
+        waiting.fetch_sub(1, Ordering::AcqRel);
+        let queued = admission.request.prompt.tokens.len();
+        self.shared.queued_tokens.fetch_sub(queued, Ordering::AcqRel);
+        let (max_tokens, most_blocks) = self.needs(&admission);
+        let request = &admission.request;
+        let prepared = self.prepared(&Arc::clone(&request.monitor.snapshot));
+        let stack = Arc::clone(&prepared.stack);
+        let readout = Arc::clone(&prepared.readout);
+        let probe_hashes = Arc::clone(&prepared.probes);
+        let request = &admission.request;
+        let scored = request.monitor.mode != Mode::Off
+            || request.interventions.iter().any(|i| i.condition.is_some());
+        let stack = (scored && !stack.is_empty()).then_some(stack);
+        let probe_hashes = if stack.is_some() {
+            probe_hashes
+        } else {
+            Arc::default()
+        };
+        let scored = Scored {
+            stack,
+            probe_hashes,
+            readout,
+        };
+        Sequence::new(admission, scored, max_tokens, most_blocks)
+    }
+
+    fn prepared(&mut self, snapshot: &Arc<Snapshot>) -> &Prepared {
+        let known = self
+            .prepared
+            .iter()
+            .position(|prepared| prepared.snapshot_hash == snapshot.hash);
+        let index = known.unwrap_or_else(|| {
+            if self.prepared.len() == PREPARED_SNAPSHOTS {
+                self.prepared.remove(0);
+            }
+            let probes = snapshot.probes.iter();
+            let probes = probes.map(|loaded| Arc::new(loaded.probe.clone())).collect();
+            self.prepared.push(Prepared {
+                snapshot_hash: snapshot.hash.clone(),
+                stack: Arc::new(ProbeStack::new(probes, self.info.config.n_layers)),
+                readout: Arc::new(readout_policy(snapshot)),
+                probes: Arc::new(content_hashes(snapshot)),
+            });
+            self.prepared.len() - 1
+        });
+        &self.prepared[index]
+    }
+
+    /// Takes the longest cached prefix, without the last prompt token: that one runs again.
+    fn use_cache(&self, sequence: &mut Sequence) {
+        if !sequence.request.use_prefix_cache || sequence.request.capture.is_some() {
+            return;
+        }
+        let probes = Arc::clone(&sequence.probe_hashes);
+        let full = (sequence.prompt_len() - 1) / KV_BLOCK;
+        let mut unscored = false;
+        let mut parent = None;
+        for index in 0..full {
+            let key = key_of(sequence, index, parent.as_ref());
+            match self.blocks.find(&key, &probes) {
+                Found::Block(block, scores) => {
+                    sequence.blocks.push(block);
+                    for slot in 0..KV_BLOCK {
+                        sequence
+                            .outputs
+                            .push(scores.iter().map(|probe| probe[slot]).collect());
+                    }
+                }
+                Found::Unscored => {
+                    unscored = true;
+                    break;
+                }
+                Found::Nothing => break,
+            }
+            parent = Some(key);
+        }
+        sequence.cached = sequence.blocks.len() * KV_BLOCK;
+        sequence.computed = sequence.cached;
+        let missed = (sequence.prompt_len() - sequence.cached) as u32;
+        let unscored = if unscored { missed } else { 0 };
+        metrics::prefix_cache_looked_up(sequence.cached as u32, missed, unscored);
+    }
+
+    /// One pass over the rows that the scheduler picks.
+    fn step(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let pending: Vec<Pending> = self
+            .running
+            .iter()
+            .map(|sequence| Pending {
+                tokens: sequence.pending(),
+                prefill: sequence.in_prefill(),
+            })
+            .collect();
+        let rows = next_step(&pending, self.options.step_token_budget);
+        let picked: Vec<(usize, usize)> = rows
+            .into_iter()
+            .enumerate()
+            .filter(|(_, rows)| *rows > 0)
+            .collect();
+        let prefill = picked.iter().filter(|(index, _)| pending[*index].prefill).count();
+        let phase = match prefill {
+            0 => metrics::Phase::Decode,
+            n if n == picked.len() => metrics::Phase::Prefill,
+            _ => metrics::Phase::Mixed,
+        };
+        let (batch, plan) = self.compile(&picked)?;
+        self.pass(&picked, &batch, &plan)?;
+        metrics::step_finished(phase, batch.rows(), started.elapsed());
+        self.shared.steps.fetch_add(1, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Packs the rows of `(sequence, rows)` and what the hooks do with them.
+    fn compile(&mut self, picked: &[(usize, usize)]) -> Result<(Batch, HookPlan)> {
+        let mut batch = Batch::default();
+        let mut plan = HookPlan::new(self.info.config.n_layers);
+        for (index, rows) in picked {
+            let sequence = &mut self.running[*index];
+            let (start, end) = (sequence.computed, sequence.computed + rows);
+            while sequence.blocks.len() * KV_BLOCK < end {
+                let block = self
+                    .blocks
+                    .take()
+                    .ok_or_else(|| Error::internal("admission promised more blocks than exist"))?;
+                sequence.blocks.push(block);
+            }
+            let blocks = sequence.blocks.iter().map(|block| block.number()).collect();
+            let first_row = batch.rows();
+            batch.push(&sequence.tokens[start..end], start, blocks);
+            plan_sequence(&mut plan, *index, sequence, first_row, start..end);
+        }
+        Ok((batch, plan))
+    }
+
+    fn pass(&mut self, picked: &[(usize, usize)], batch: &Batch, plan: &HookPlan) -> Result<()> {
+        let mut run = HookRun::new(plan, batch.rows());
+        let (decoder, kv, running) = (&self.decoder, &mut self.kv, &self.running);
+        let chosen: Vec<usize> = picked
+            .iter()
+            .filter(|(index, rows)| {
+                let sequence = &running[*index];
+                sequence.wants_logits() && sequence.pending() == *rows
+            })
+            .map(|(index, _)| *index)
+            .collect();
+        let last_rows: Vec<usize> = picked
+            .iter()
+            .zip(&batch.spans)
+            .filter(|((index, _), _)| chosen.contains(index))
+            .map(|(_, span)| span.first_row + span.rows - 1)
+            .collect();
+        let refusals: Vec<RefusalRow<'_>> = chosen
+            .iter()
+            .enumerate()
+            .filter_map(|(row, index)| match &running[*index].effect {
+                Effect::Head(head, gain) => Some(RefusalRow {
+                    row,
+                    a: &head.a,
+                    b: &head.b,
+                    gain: *gain,
+                }),
+                _ => None,
+            })
+            .collect();
+        let logits = self.pool.install(|| {
+            let hidden = decoder.forward(batch, kv, &mut run)?;
+            if last_rows.is_empty() {
+                return Ok(Vec::new());
+            }
+            decoder.logits(&hidden, &last_rows, &refusals)
+        })?;
+        let scores = run.finish();
+        let vocab = self.info.config.vocab_size;
+        for ((index, rows), span) in picked.iter().zip(&batch.spans) {
+            let outputs = (span.first_row..span.first_row + span.rows)
+                .map(|row| {
+                    let outputs = scores.of_row(row).unwrap_or_default();
+                    outputs.into_iter().map(|output| output.unwrap_or(FAILED)).collect()
+                })
+                .collect();
+            let failed = scores.failures.iter().any(|(row, _)| {
+                (span.first_row..span.first_row + span.rows).contains(row)
+            });
+            let sequence = &mut self.running[*index];
+            if failed {
+                let message = "its condition's probe gave no finite score";
+                let error = Error::invalid("input.interventions", message);
+                sequence.finish_failed(error, &self.around);
+                continue;
+            }
+            let place = chosen.iter().position(|chosen| chosen == index);
+            let logits = place.map(|place| &logits[place * vocab..(place + 1) * vocab]);
+            let before = sequence.computed;
+            let waited = sequence.waited();
+            for captured in scores.captured.iter().filter(|c| c.key == *index) {
+                sequence.tell_captured(captured, span.first_row, span.start);
+            }
+            sequence.after_pass(*rows, outputs, logits, &self.around);
+            tracing::trace!(request = %sequence.request.id, before, ?waited, "pass");
+        }
+        for (index, _) in picked {
+            self.publish(*index);
+        }
+        Ok(())
+    }
+
+    /// Makes the full blocks of a sequence findable: those of its prompt but the last token's, and
+    /// at a plain end those of its answer.
+    fn publish(&mut self, index: usize) {
+        let sequence = &mut self.running[index];
+        let probes = Arc::clone(&sequence.probe_hashes);
+        if !sequence.request.use_prefix_cache {
+            return;
+        }
+        let until = if sequence.finished && sequence.answer_is_plain() {
+            sequence.computed
+        } else {
+            sequence.computed.min(sequence.prompt_len() - 1)
+        };
+        let full = (until / KV_BLOCK).min(sequence.blocks.len());
+        for block in sequence.published..full {
+            let parent = block.checked_sub(1).map(|parent| sequence.keys[parent]);
+            let key = key_of(sequence, block, parent.as_ref());
+            sequence.keys.push(key);
+            let scores = scores_of_block(&sequence.outputs, block, &probes);
+            self.blocks.publish(&sequence.blocks[block], key, scores);
+        }
+        sequence.published = full.max(sequence.published);
+    }
+
+    fn fail_all(&mut self, error: &Error) {
+        tracing::error!(%error, "a step failed; its requests are told");
+        for sequence in &mut self.running {
+            sequence.finish_failed(error.clone(), &self.around);
+        }
+    }
+
+    fn tell_load(&self) {
+        let (running, used) = (
+            self.running.len(),
+            self.kv.blocks() - self.blocks.available(),
+        );
+        self.shared.running.store(running, Ordering::Release);
+        self.shared.kv_blocks_used.store(used, Ordering::Release);
+        metrics::load_changed(running, self.shared.waiting.load(Ordering::Acquire));
+        metrics::kv_changed(used, self.kv.blocks());
+    }
+}
+
+/// Stands for a probe that gave no number; the policy takes it as the failure it is.
+const FAILED: TokenOutput = TokenOutput {
+    logit: f32::NAN,
+    key: None,
+};
+
+fn content_hashes(snapshot: &Snapshot) -> Vec<String> {
+    let probes = snapshot.probes.iter();
+    probes.map(|probe| probe.content_hash.clone()).collect()
+}
+
+/// What the hooks do with rows `positions` of a sequence, which start at `first_row`.
+fn plan_sequence(
+    plan: &mut HookPlan,
+    index: usize,
+    sequence: &Sequence,
+    first_row: usize,
+    positions: std::ops::Range<usize>,
+) {
+    let prompt_len = sequence.prompt_len();
+    let start = positions.start;
+    if let Some(stack) = &sequence.stack {
+        plan.score(stack, first_row..first_row + positions.len());
+    }
+    let policy_steers = match &sequence.effect {
+        Effect::Steer(intervention) => Some(intervention),
+        _ => None,
+    };
+    for intervention in sequence.request.interventions.iter().chain(policy_steers) {
+        for position in positions.clone() {
+            if intervention.positions.contains(position, prompt_len) {
+                plan.steer(
+                    intervention.site,
+                    first_row + position - start,
+                    intervention.kind,
+                    &intervention.vector,
+                    row_condition(sequence, intervention),
+                );
+            }
+        }
+    }
+    if let Some(wish) = &sequence.request.capture {
+        let mut wanted = positions
+            .clone()
+            .filter(|position| wish.positions.contains(*position, prompt_len));
+        if let Some(first) = wanted.next() {
+            let last = wanted.last().unwrap_or(first);
+            for site in &wish.sites {
+                let rows = first_row + first - start..first_row + last - start + 1;
+                plan.capture(*site, index, rows);
+            }
+        }
+    }
+}
+
+fn row_condition(sequence: &Sequence, intervention: &Intervention) -> Option<RowCondition> {
+    let condition = intervention.condition.as_ref()?;
+    Some(RowCondition {
+        stack: Arc::clone(sequence.stack.as_ref()?),
+        probe: condition.probe,
+        above: condition.above,
+    })
+}
+
+/// The key of a sequence's block: its tokens, and what its interventions do to them.
+fn key_of(sequence: &Sequence, block: usize, parent: Option<&BlockKey>) -> BlockKey {
+    let positions = block * KV_BLOCK..(block + 1) * KV_BLOCK;
+    let mut touched = Vec::new();
+    for intervention in &sequence.request.interventions {
+        let slots: Vec<u8> = positions
+            .clone()
+            .enumerate()
+            .filter(|(_, position)| {
+                intervention.positions.contains(*position, sequence.prompt_len())
+            })
+            .map(|(slot, _)| slot as u8)
+            .collect();
+        if !slots.is_empty() {
+            touched.push(slots.len() as u8);
+            touched.extend(slots);
+            touched.extend(intervention.content_hash(&sequence.request.monitor.snapshot));
+        }
+    }
+    block_key(parent, &sequence.tokens[positions], &touched)
+}
+
+/// What each probe said of a block's tokens; a probe that failed on one of them is left out.
+fn scores_of_block(outputs: &[Vec<TokenOutput>], block: usize, probes: &[String]) -> BlockScores {
+    let rows = &outputs[block * KV_BLOCK..(block + 1) * KV_BLOCK];
+    let scored = |probe: usize| {
+        let values: Vec<TokenOutput> = rows
+            .iter()
+            .filter_map(|row| row.get(probe).copied())
+            .filter(TokenOutput::is_finite)
+            .collect();
+        <[TokenOutput; KV_BLOCK]>::try_from(values).ok()
+    };
+    probes
+        .iter()
+        .enumerate()
+        .filter_map(|(index, hash)| Some((hash.clone(), scored(index)?)))
+        .collect()
+}
+
+impl Sequence {
+    fn tell_captured(&self, captured: &crate::hooks::Captured, first_row: usize, start: usize) {
+        let from = start + captured.rows.start - first_row;
+        self.tell(Event::Captured(Captured {
+            site: captured.site,
+            first_position: from as u32,
+            tokens: self.tokens[from..from + captured.rows.len()].to_vec(),
+            values: captured.values.clone(),
+        }));
+    }
+}
