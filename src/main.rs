@@ -8,9 +8,11 @@ use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_env("INWIT_LOG")
-        .unwrap_or_else(|_| EnvFilter::new(log_filter(&cli)));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let filter =
+        EnvFilter::try_from_env("INWIT_LOG").unwrap_or_else(|_| EnvFilter::new(log_filter(&cli)));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     if json_log(&cli) {
         log.json().init();
     } else {
@@ -27,5 +29,6 @@ fn main() -> ExitCode {
 
 /// The settings say how log lines look; where they are wrong the command itself says so.
 fn json_log(cli: &Cli) -> bool {
-    cli.settings().is_some_and(|config| config.log_format == inwit::config::LogFormat::Json)
+    cli.settings()
+        .is_some_and(|config| config.log_format == inwit::config::LogFormat::Json)
 }

@@ -73,6 +73,9 @@ pub(super) async fn run(args: Args) -> Result<Exit> {
     let states = capture(&bench, &args.data, &args.out, &options, &mut tick).await?;
     drop(tick);
     drop(progress);
-    note(&format!("{}: {states} states at each site", args.out.display()));
+    note(&format!(
+        "{}: {states} states at each site",
+        args.out.display()
+    ));
     Ok(Exit::Done)
 }

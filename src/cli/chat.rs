@@ -84,7 +84,8 @@ impl FromStr for Steer {
                 "vector" => vector = Some(value.to_owned()),
                 "strength" => {
                     let number = value.parse().ok().filter(|number: &f32| number.is_finite());
-                    let number = number.ok_or_else(|| format!("strength `{value}` is no number"))?;
+                    let number =
+                        number.ok_or_else(|| format!("strength `{value}` is no number"))?;
                     draft.strength = Some(number);
                 }
                 "site" => draft.site = Some(value.to_owned()),
@@ -105,7 +106,11 @@ fn kind(text: &str) -> std::result::Result<InterventionKindDraft, String> {
         "project_out" => InterventionKindDraft::ProjectOut,
         "clamp_above" => InterventionKindDraft::ClampAbove,
         "clamp_below" => InterventionKindDraft::ClampBelow,
-        _ => return Err(format!("kind `{text}`: expected add, project_out, clamp_above or clamp_below")),
+        _ => {
+            return Err(format!(
+                "kind `{text}`: expected add, project_out, clamp_above or clamp_below"
+            ));
+        }
     })
 }
 
@@ -115,7 +120,11 @@ fn positions(text: &str) -> std::result::Result<PositionSelection, String> {
         "prompt" => PositionSelection::AllPrompt,
         "generated" => PositionSelection::Generated,
         "all" => PositionSelection::All,
-        _ => return Err(format!("positions `{text}`: expected last, prompt, generated or all")),
+        _ => {
+            return Err(format!(
+                "positions `{text}`: expected last, prompt, generated or all"
+            ));
+        }
     })
 }
 
@@ -159,7 +168,10 @@ fn told(error: ClientError) -> Result<Exit> {
 }
 
 async fn ask(args: &Args) -> std::result::Result<Exit, Stop> {
-    let mut answer = Client::connect(&args.address).await?.stream(&draft(args)).await?;
+    let mut answer = Client::connect(&args.address)
+        .await?
+        .stream(&draft(args))
+        .await?;
     let live = stdout().is_terminal();
     let mut folded = Folded::default();
     while let Some(event) = answer.next().await? {
@@ -226,8 +238,16 @@ fn verdict_line(verdict: &Verdict) -> String {
         "" => String::new(),
         rule => format!(" by rule {rule}"),
     };
-    let shadow = if verdict.shadow { " (shadow: not acted upon)" } else { "" };
-    let evidence: String = verdict.evidence.iter().map(|s| format!("; {}", score_text(s))).collect();
+    let shadow = if verdict.shadow {
+        " (shadow: not acted upon)"
+    } else {
+        ""
+    };
+    let evidence: String = verdict
+        .evidence
+        .iter()
+        .map(|s| format!("; {}", score_text(s)))
+        .collect();
     format!("[verdict: {}{rule}{shadow}{evidence}]", verdict.action)
 }
 
@@ -239,7 +259,11 @@ fn score_text(score: &Score) -> String {
     let name = score.detector.as_deref().unwrap_or(&score.probe);
     let probability = score.probability.map(|p| format!(", probability {p:.3}"));
     let threshold = score.threshold.map(|t| format!(", threshold {t:.3}"));
-    let domain = if score.out_of_domain { ", out of domain" } else { "" };
+    let domain = if score.out_of_domain {
+        ", out of domain"
+    } else {
+        ""
+    };
     format!(
         "{name} logit {:.3}{}{}{domain}",
         score.logit,
@@ -292,7 +316,10 @@ mod tests {
             evidence: Vec::new(),
         };
         let line = verdict_line(&verdict);
-        assert!(line.contains("refuse by rule harm") && line.contains("not acted upon"), "{line}");
+        assert!(
+            line.contains("refuse by rule harm") && line.contains("not acted upon"),
+            "{line}"
+        );
     }
 
     #[test]
@@ -301,7 +328,10 @@ mod tests {
         assert_eq!(super::super::exit_code(&gone), 4);
         let aborted = told(ClientError::AbortedByPolicy).expect_err("fails");
         assert_eq!(super::super::exit_code(&aborted), 3);
-        let other = ClientError::Status { code: "InvalidArgument".into(), message: "x".into() };
+        let other = ClientError::Status {
+            code: "InvalidArgument".into(),
+            message: "x".into(),
+        };
         assert_eq!(told(other), Ok(Exit::OtherStatus));
     }
 }

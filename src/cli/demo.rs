@@ -7,6 +7,7 @@ use comfy_table::{Table, presets};
 use serde::Deserialize;
 
 use super::Exit;
+use super::open::Callers;
 use super::server::start;
 use super::terminal::{bar, colours, note, print, risk, shaded, shortened};
 use crate::config::{Config, Flags};
@@ -86,14 +87,21 @@ pub(super) async fn run(args: Args) -> Result<Exit> {
     })?;
     let plan = plan(CHATS)?;
     note("loading the model and its probes …");
-    let running = start(&config).await?;
+    let running = start(&config, Callers::Free).await?;
     let result = hold_all(&running.address.to_string(), &plan).await;
     running.stop().await?;
     let held = result?;
     print(&format!("\n{}\n", table(&plan, &held)))?;
-    let wrong = plan.iter().zip(&held).filter(|(chat, held)| !as_expected(chat, held)).count();
+    let wrong = plan
+        .iter()
+        .zip(&held)
+        .filter(|(chat, held)| !as_expected(chat, held))
+        .count();
     if wrong > 0 {
-        note(&format!("{wrong} of {} chats did not go as they should", plan.len()));
+        note(&format!(
+            "{wrong} of {} chats did not go as they should",
+            plan.len()
+        ));
         return Ok(Exit::Failed);
     }
     note("everything went as it should");
@@ -119,9 +127,17 @@ fn plan(chats: &str) -> Result<Vec<Planned>> {
                 (turn.0, Some(turn.1))
             }
         };
-        Ok(Planned { policy: policy.to_owned(), action, chat })
+        Ok(Planned {
+            policy: policy.to_owned(),
+            action,
+            chat,
+        })
     };
-    chats.lines().filter(|line| !line.trim().is_empty()).map(planned).collect()
+    chats
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .map(planned)
+        .collect()
 }
 
 async fn hold_all(address: &str, plan: &[Planned]) -> Result<Vec<Held>> {
@@ -167,7 +183,9 @@ async fn hold(client: &mut Client, planned: &Planned) -> Result<Held> {
         },
         finish: completed.map_or(FinishReason::RefusedByPolicy, |c| c.finish_reason),
         rule,
-        scores: completed.map(|completed| completed.scores.clone()).unwrap_or_default(),
+        scores: completed
+            .map(|completed| completed.scores.clone())
+            .unwrap_or_default(),
         tokens: completed.map_or(0, |completed| completed.usage.completion_tokens),
         took: started.elapsed(),
     };
@@ -207,20 +225,25 @@ fn draft(planned: &Planned) -> Draft {
 fn show(event: &Event) -> Result<()> {
     match event {
         Event::Delta(delta) => print(&with_risk(delta, colours())),
-        Event::Verdict(verdict) => {
-            print(&format!("\n  ! {} (rule {})\n", verdict.action, verdict.rule))
-        }
-        Event::Retract(retract) => {
-            print(&format!("\n  ! withdrawn; instead:\n{}", retract.replacement_text))
-        }
+        Event::Verdict(verdict) => print(&format!(
+            "\n  ! {} (rule {})\n",
+            verdict.action, verdict.rule
+        )),
+        Event::Retract(retract) => print(&format!(
+            "\n  ! withdrawn; instead:\n{}",
+            retract.replacement_text
+        )),
         _ => Ok(()),
     }
 }
 
 /// A delta's text in the colour of its risk, or with a small bar behind it.
 fn with_risk(delta: &Delta, colours: bool) -> String {
-    let per_token: Vec<&Score> =
-        delta.scores.iter().filter(|score| score.detector.is_none()).collect();
+    let per_token: Vec<&Score> = delta
+        .scores
+        .iter()
+        .filter(|score| score.detector.is_none())
+        .collect();
     let risk = risk(&per_token);
     match (colours, risk) {
         (true, risk) => shaded(&delta.text, risk),
@@ -233,7 +256,10 @@ fn as_expected(planned: &Planned, held: &Held) -> bool {
     match planned.action {
         None => {
             held.action <= Action::Flag
-                && !matches!(held.finish, FinishReason::RefusedByPolicy | FinishReason::MonitorFailed)
+                && !matches!(
+                    held.finish,
+                    FinishReason::RefusedByPolicy | FinishReason::MonitorFailed
+                )
         }
         Some(action) => held.action == action,
     }
@@ -256,9 +282,9 @@ fn done(held: &Held) -> String {
 
 fn table(plan: &[Planned], held: &[Held]) -> Table {
     let mut table = Table::new();
-    table
-        .load_preset(presets::UTF8_BORDERS_ONLY)
-        .set_header(["prompt", "expected", "done", "rule", "scores", "tokens", "ms", ""]);
+    table.load_style(presets::UTF8_BORDERS_ONLY).set_header([
+        "prompt", "expected", "done", "rule", "scores", "tokens", "ms", "",
+    ]);
     for (planned, held) in plan.iter().zip(held) {
         let expected = match planned.action {
             None => "answered".to_owned(),
@@ -279,7 +305,12 @@ fn table(plan: &[Planned], held: &[Held]) -> Table {
             held.scores.iter().map(score).collect::<Vec<_>>().join("\n"),
             held.tokens.to_string(),
             held.took.as_millis().to_string(),
-            if as_expected(planned, held) { "✓" } else { "✗" }.to_owned(),
+            if as_expected(planned, held) {
+                "✓"
+            } else {
+                "✗"
+            }
+            .to_owned(),
         ]);
     }
     table
@@ -318,17 +349,32 @@ mod tests {
     fn a_harmless_chat_may_be_flagged_and_nothing_more() {
         let planned = plan(r#"{"text":"Hi","category":"harmless","expect":"answered"}"#);
         let planned = planned.expect("plans").remove(0);
-        assert!(as_expected(&planned, &held(Action::Flag, FinishReason::Stop)));
-        assert!(!as_expected(&planned, &held(Action::Steer, FinishReason::Stop)));
-        assert!(!as_expected(&planned, &held(Action::Allow, FinishReason::MonitorFailed)));
+        assert!(as_expected(
+            &planned,
+            &held(Action::Flag, FinishReason::Stop)
+        ));
+        assert!(!as_expected(
+            &planned,
+            &held(Action::Steer, FinishReason::Stop)
+        ));
+        assert!(!as_expected(
+            &planned,
+            &held(Action::Allow, FinishReason::MonitorFailed)
+        ));
     }
 
     #[test]
     fn a_harmful_chat_must_meet_its_own_action() {
         let line = r#"{"text":"x","category":"harmful","expect":"refused","policy":"steer"}"#;
         let planned = plan(line).expect("plans").remove(0);
-        assert!(as_expected(&planned, &held(Action::Steer, FinishReason::Stop)));
-        assert!(!as_expected(&planned, &held(Action::Allow, FinishReason::Stop)));
+        assert!(as_expected(
+            &planned,
+            &held(Action::Steer, FinishReason::Stop)
+        ));
+        assert!(!as_expected(
+            &planned,
+            &held(Action::Allow, FinishReason::Stop)
+        ));
     }
 
     #[test]
@@ -352,8 +398,21 @@ mod tests {
             fired: false,
             out_of_domain: false,
         };
-        let delta = Delta { text: "Hi".into(), scores: vec![score], ..Delta::default() };
+        let delta = Delta {
+            text: "Hi".into(),
+            scores: vec![score],
+            ..Delta::default()
+        };
         assert_eq!(with_risk(&delta, false), "Hi█");
-        assert_eq!(with_risk(&Delta { scores: vec![], ..delta }, false), "Hi");
+        assert_eq!(
+            with_risk(
+                &Delta {
+                    scores: vec![],
+                    ..delta
+                },
+                false
+            ),
+            "Hi"
+        );
     }
 }

@@ -41,7 +41,10 @@ pub(super) struct Args {
 
 pub(super) async fn run(args: Args) -> Result<Exit> {
     let mode = args.mode.map(|mode| mode.to_string());
-    let bench = args.model.bench(mode.as_deref(), args.policy.as_deref()).await?;
+    let bench = args
+        .model
+        .bench(mode.as_deref(), args.policy.as_deref())
+        .await?;
     let options = Options {
         mode: bench.defaults.mode,
         policy: None,
@@ -57,7 +60,10 @@ pub(super) async fn run(args: Args) -> Result<Exit> {
     let counts = generate(&bench, &args.data, &args.out, &options, &mut tick).await?;
     drop(tick);
     drop(progress);
-    let counts: Vec<_> = counts.iter().map(|(action, rows)| format!("{action} {rows}")).collect();
+    let counts: Vec<_> = counts
+        .iter()
+        .map(|(action, rows)| format!("{action} {rows}"))
+        .collect();
     note(&format!("{}: {}", args.out.display(), counts.join(", ")));
     Ok(Exit::Done)
 }

@@ -145,5 +145,10 @@ async fn steering_vector(args: VectorArgs) -> Result<Exit> {
 }
 
 fn artefact_name(given: Option<String>, out: &std::path::Path) -> String {
-    given.unwrap_or_else(|| out.file_stem().unwrap_or_default().to_string_lossy().into_owned())
+    given.unwrap_or_else(|| {
+        out.file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    })
 }

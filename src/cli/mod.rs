@@ -19,7 +19,7 @@ use clap::{Parser, Subcommand};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-pub use open::{Opened, open};
+pub use open::{Callers, Opened, open};
 
 /// An inference server that watches its own activations while it generates, and acts on what it sees.
 #[derive(Debug, Parser)]
@@ -207,11 +207,17 @@ mod tests {
     #[test]
     fn wrong_arguments_are_refused_with_what_helps() {
         check_refused("inwit generate --data a.jsonl", "--out");
-        check_refused("inwit capture --data a --out b --site layers.7 --positions last", "layers.7");
+        check_refused(
+            "inwit capture --data a --out b --site layers.7 --positions last",
+            "layers.7",
+        );
         check_refused("inwit capture --data a --out b --positions last", "--site");
         check_refused("inwit chat hello --steer strength=4", "vector=");
         check_refused("inwit chat hello --steer vector=a,power=4", "power");
-        check_refused("inwit chat hello --steer vector=a,strength=much", "strength");
+        check_refused(
+            "inwit chat hello --steer vector=a,strength=much",
+            "strength",
+        );
         check_refused("inwit chat hello --mode loud", "loud");
         check_refused(
             "inwit probe fit --data a --site hook_embed --name p --out o --positions generated:0",

@@ -84,7 +84,7 @@ impl ModelArgs {
     pub(super) async fn bench(&self, mode: Option<&str>, policy: Option<&str>) -> Result<Bench> {
         let config = self.load(mode, policy)?;
         let in_flight = config.max_running + config.max_waiting / 2;
-        let opened = open(&config, Arc::new(crate::journal::Discard)).await?;
+        let opened = open(&config, Callers::Free, Arc::new(crate::journal::Discard)).await?;
         Ok(Bench {
             snapshot: opened.registry.snapshot(),
             engine: opened.engine,
@@ -106,7 +106,11 @@ impl ModelArgs {
             };
             let shape = [source.config.vocab_size, source.config.d_model];
             let values = source.tensor(name, &shape)?;
-            Ok(candle_core::Tensor::from_vec(values, (shape[0], shape[1]), &Place::Cpu)?)
+            Ok(candle_core::Tensor::from_vec(
+                values,
+                (shape[0], shape[1]),
+                &Place::Cpu,
+            )?)
         };
         tokio::task::spawn_blocking(read)
             .await
@@ -124,12 +128,25 @@ pub struct Opened {
     pub watched: bool,
 }
 
+/// What callers may do about a policy that the server enforces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Callers {
+    /// Nothing: neither another policy nor a weaker mode.
+    Held,
+    /// Choose policy and mode, request by request.
+    Free,
+}
+
 /// Opens the model's files, checks that weights and KV fit in memory, starts the engine, loads the
 /// library and runs the canaries of probes that were fitted on other weights.
 ///
 /// # Errors
 /// `Config` with the flag that helps, or `File` with what is wrong in which file.
-pub async fn open(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<Opened> {
+pub async fn open(
+    config: &Config,
+    callers: Callers,
+    sink: Arc<dyn DecisionSink>,
+) -> Result<Opened> {
     let settings = config.clone();
     let (engine, thread) = tokio::task::spawn_blocking(move || start_engine(&settings, sink))
         .await
@@ -139,13 +156,20 @@ pub async fn open(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<Opened
         mode: mode(config.mode),
         policy: None,
         max_tokens: config.max_tokens_default,
+        overrides: callers == Callers::Free,
     };
     run_canaries(&engine, &registry, &defaults).await?;
     let snapshot = registry.snapshot();
     if defaults.mode == Mode::Enforce {
         snapshot.may_enforce(snapshot.policy(None)?)?;
     }
-    Ok(Opened { engine, thread, registry: Arc::new(registry), defaults, watched })
+    Ok(Opened {
+        engine,
+        thread,
+        registry: Arc::new(registry),
+        defaults,
+        watched,
+    })
 }
 
 fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine, EngineThread)> {
@@ -155,9 +179,19 @@ fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine,
         config::KvType::F32 => KvType::F32,
         config::KvType::Bf16 => KvType::Bf16,
     };
-    let needs = Needs::of(&source.config, config, weights, kv_type, source.parameters_bytes_f32());
-    let kv_bytes = needs.kv_bytes(available_memory(), config.kv_memory)?;
-    let placement = Placement { device: device(config.device)?, weights, portable: false };
+    let needs = Needs::of(
+        &source.config,
+        config,
+        weights,
+        kv_type,
+        source.parameters_bytes_f32(),
+    );
+    let kv_bytes = needs.kv_bytes(available_memory()?, config.kv_memory)?;
+    let placement = Placement {
+        device: device(config.device)?,
+        weights,
+        portable: false,
+    };
     let options = EngineOptions {
         max_running: config.max_running,
         max_waiting: config.max_waiting,
@@ -232,9 +266,9 @@ impl Needs {
         kv_type: KvType,
         bytes_f32: u64,
     ) -> Self {
-        let context = config
-            .context_limit
-            .map_or(model.context_length, |limit| limit.min(model.context_length));
+        let context = config.context_limit.map_or(model.context_length, |limit| {
+            limit.min(model.context_length)
+        });
         let blocks = context.div_ceil(crate::model::kernels::KV_BLOCK) as u64;
         Self {
             weights: match weights {
@@ -272,14 +306,15 @@ impl Needs {
 }
 
 /// What this process may still take: the machine's, or its control group's if that is less.
-fn available_memory() -> u64 {
-    let mut system = sysinfo::System::new();
+fn available_memory() -> Result<u64> {
+    let mut system = sysinfo::System::new()
+        .map_err(|error| Error::internal(format!("the free memory is not known: {error}")))?;
     system.refresh_memory();
     let machine = system.available_memory();
-    match system.cgroup_limits() {
+    Ok(match system.cgroup_limits() {
         Some(limits) if limits.total_memory > 0 => machine.min(limits.free_memory),
         _ => machine,
-    }
+    })
 }
 
 pub(super) fn size(bytes: u64) -> String {
@@ -324,10 +359,17 @@ fn with_policy_file(snapshot: &Snapshot, path: &Path, n_layers: usize) -> Result
     const MOST_BYTES: u64 = 1 << 20;
     let unreadable = |error: std::io::Error| Error::file(path.display(), error);
     if std::fs::metadata(path).map_err(unreadable)?.len() > MOST_BYTES {
-        return Err(Error::file(path.display(), "longer than 1 MiB: not a policy"));
+        return Err(Error::file(
+            path.display(),
+            "longer than 1 MiB: not a policy",
+        ));
     }
     let document = std::fs::read_to_string(path).map_err(unreadable)?;
-    let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let name = path
+        .file_stem()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     let policy = Policy::parse_and_compile(&name, 1, &document, &snapshot.catalog(n_layers))
         .map_err(|error| Error::file(path.display(), error))?;
     Ok(snapshot.with_default_policy(policy))
@@ -339,19 +381,32 @@ async fn run_canaries(engine: &Engine, registry: &Registry, defaults: &Defaults)
     let snapshot = registry.snapshot();
     let mut results = Vec::new();
     for probe in &snapshot.probes {
-        let Standing::Unverified { canaries: Canaries::NotRun } = &probe.standing else {
+        let Standing::Unverified {
+            canaries: Canaries::NotRun,
+        } = &probe.standing
+        else {
             continue;
         };
         let mut logits = Vec::new();
         for canary in &probe.probe.manifest().canaries {
-            let tokens = canary.tokens.iter().take(canary.position + 1).copied().collect();
+            let tokens = canary
+                .tokens
+                .iter()
+                .take(canary.position + 1)
+                .copied()
+                .collect();
             logits.push(canary_logit(engine, &snapshot, defaults, probe, tokens).await);
         }
         let logits: Result<Vec<f32>> = logits.into_iter().collect();
-        results.push((probe.name.clone(), logits.map_err(|error| error.to_string())));
+        results.push((
+            probe.name.clone(),
+            logits.map_err(|error| error.to_string()),
+        ));
     }
     if !results.is_empty() {
-        let results = results.iter().map(|(name, logits)| (&**name, logits.clone()));
+        let results = results
+            .iter()
+            .map(|(name, logits)| (&**name, logits.clone()));
         registry.replace(snapshot.with_canary_results(results));
     }
     Ok(())
@@ -421,7 +476,11 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn needs() -> Needs {
-        Needs { weights: 2 * GIB, sequence: GIB / 4, sequences: 16 }
+        Needs {
+            weights: 2 * GIB,
+            sequence: GIB / 4,
+            sequences: 16,
+        }
     }
 
     #[test]
@@ -433,24 +492,44 @@ mod tests {
     #[test]
     fn one_sequence_must_fit() {
         assert_eq!(needs().kv_bytes(2 * GIB + GIB / 4, None), Ok(GIB / 4));
-        let error = needs().kv_bytes(2 * GIB + GIB / 8, None).expect_err("refused").to_string();
+        let error = needs()
+            .kv_bytes(2 * GIB + GIB / 8, None)
+            .expect_err("refused")
+            .to_string();
         assert!(error.contains("--context-limit"), "{error}");
     }
 
     #[test]
     fn what_does_not_fit_is_refused_with_the_flag_that_helps() {
-        let error = needs().kv_bytes(8 * GIB, Some(7 * GIB)).expect_err("refused").to_string();
-        assert!(error.contains("--kv-memory") && error.contains("7.0 GiB"), "{error}");
-        let error = needs().kv_bytes(GIB, None).expect_err("refused").to_string();
+        let error = needs()
+            .kv_bytes(8 * GIB, Some(7 * GIB))
+            .expect_err("refused")
+            .to_string();
+        assert!(
+            error.contains("--kv-memory") && error.contains("7.0 GiB"),
+            "{error}"
+        );
+        let error = needs()
+            .kv_bytes(GIB, None)
+            .expect_err("refused")
+            .to_string();
         assert!(error.contains("--weights bf16"), "{error}");
-        let error = needs().kv_bytes(GIB, Some(1)).expect_err("refused").to_string();
+        let error = needs()
+            .kv_bytes(GIB, Some(1))
+            .expect_err("refused")
+            .to_string();
         assert!(error.contains("--weights bf16"), "{error}");
     }
 
     #[test]
     fn a_model_that_is_not_there_is_named_with_what_would_do() {
-        let error = model_path("nowhere/model.gguf").expect_err("refused").to_string();
-        assert!(error.contains("--model") && error.contains("nowhere"), "{error}");
+        let error = model_path("nowhere/model.gguf")
+            .expect_err("refused")
+            .to_string();
+        assert!(
+            error.contains("--model") && error.contains("nowhere"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -136,7 +136,10 @@ pub(super) fn command_line() -> String {
         false => arg,
     };
     let args = std::env::args().skip(1).map(file_name);
-    std::iter::once("inwit".to_owned()).chain(args).collect::<Vec<_>>().join(" ")
+    std::iter::once("inwit".to_owned())
+        .chain(args)
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// `generated:3` as well as the manifest's own `generated{3}`.
@@ -159,15 +162,33 @@ fn described(manifest: &Manifest) -> String {
     };
     let listed = |items: Vec<String>| items.join(", ");
     fact("kind", format!("{:?}", manifest.kind).to_lowercase());
-    fact("sites", listed(manifest.heads.iter().map(|head| head.site.to_string()).collect()));
+    fact(
+        "sites",
+        listed(
+            manifest
+                .heads
+                .iter()
+                .map(|head| head.site.to_string())
+                .collect(),
+        ),
+    );
     fact("reads", manifest.positions.to_string());
-    fact("gathers", listed(manifest.gathers.iter().map(Gather::to_string).collect()));
-    fact("model", format!("{} ({})", manifest.model.name, manifest.model.weight_format));
+    fact(
+        "gathers",
+        listed(manifest.gathers.iter().map(Gather::to_string).collect()),
+    );
+    fact(
+        "model",
+        format!("{} ({})", manifest.model.name, manifest.model.weight_format),
+    );
     fact("architecture id", manifest.model.architecture_id.clone());
     fact("weights id", manifest.model.weights_id.clone());
     fact("canaries", manifest.canaries.len().to_string());
     for data in &manifest.record.data {
-        fact("data", format!("{}, {} rows, sha256 {}", data.name, data.rows, data.sha256));
+        fact(
+            "data",
+            format!("{}, {} rows, sha256 {}", data.name, data.rows, data.sha256),
+        );
     }
     fact("seed", manifest.record.seed.to_string());
     fact("command", manifest.record.command.clone());
@@ -177,11 +198,24 @@ fn described(manifest: &Manifest) -> String {
 
     let mut metrics = table(&["measure", "value", "95 % interval"]);
     for (name, metric) in &manifest.record.metrics {
-        let interval = metric.interval.map(|[low, high]| format!("{low:.4} to {high:.4}"));
-        metrics.add_row([name, &format!("{:.4}", metric.value), &interval.unwrap_or_default()]);
+        let interval = metric
+            .interval
+            .map(|[low, high]| format!("{low:.4} to {high:.4}"));
+        metrics.add_row([
+            name,
+            &format!("{:.4}", metric.value),
+            &interval.unwrap_or_default(),
+        ]);
     }
 
-    let mut thresholds = table(&["gather", "false positives", "answer", "threshold", "95 % interval", "rows"]);
+    let mut thresholds = table(&[
+        "gather",
+        "false positives",
+        "answer",
+        "threshold",
+        "95 % interval",
+        "rows",
+    ]);
     for calibration in &manifest.calibrations {
         for point in &calibration.thresholds {
             let answer = point.answer_tokens.map(|tokens| format!("{tokens} tokens"));
@@ -190,7 +224,11 @@ fn described(manifest: &Manifest) -> String {
                 format!("{:.1} %", point.fpr * 100.0),
                 answer.unwrap_or_default(),
                 format!("{:.3}", point.threshold_logit),
-                format!("{:.2} to {:.2} %", point.interval[0] * 100.0, point.interval[1] * 100.0),
+                format!(
+                    "{:.2} to {:.2} %",
+                    point.interval[0] * 100.0,
+                    point.interval[1] * 100.0
+                ),
                 point.n.to_string(),
             ]);
         }
@@ -200,7 +238,7 @@ fn described(manifest: &Manifest) -> String {
 
 fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header);
+    table.load_style(presets::NOTHING).set_header(header);
     table
 }
 
@@ -227,12 +265,29 @@ mod tests {
             weights_id: "w1".into(),
             weight_format: "f32".into(),
         };
-        let mut manifest =
-            Manifest::new("prompt_harm", Kind::Logistic, 4, Positions::PromptContent, identity);
-        let metric = Metric { value: 0.97, interval: Some([0.95, 0.99]) };
-        manifest.record.metrics.insert("held_out_auroc_mean".into(), metric);
+        let mut manifest = Manifest::new(
+            "prompt_harm",
+            Kind::Logistic,
+            4,
+            Positions::PromptContent,
+            identity,
+        );
+        let metric = Metric {
+            value: 0.97,
+            interval: Some([0.95, 0.99]),
+        };
+        manifest
+            .record
+            .metrics
+            .insert("held_out_auroc_mean".into(), metric);
         let text = described(&manifest);
-        for part in ["prompt_harm", "prompt_content", "0.9700", "0.9500 to 0.9900", "a1"] {
+        for part in [
+            "prompt_harm",
+            "prompt_content",
+            "0.9700",
+            "0.9500 to 0.9900",
+            "a1",
+        ] {
             assert!(text.contains(part), "{text}");
         }
     }

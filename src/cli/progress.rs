@@ -21,7 +21,11 @@ impl Progress {
             }
             bar.with_message(what)
         });
-        Self { what, bar, tenths: 0 }
+        Self {
+            what,
+            bar,
+            tenths: 0,
+        }
     }
 
     pub(super) fn tick(&mut self, done: usize, total: usize) {

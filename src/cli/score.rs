@@ -29,8 +29,14 @@ pub(super) struct Args {
 }
 
 pub(super) async fn run(args: Args) -> Result<Exit> {
-    let bench = args.model.bench(Some("shadow"), args.policy.as_deref()).await?;
-    let options = Options { policy: None, per_token: args.per_token };
+    let bench = args
+        .model
+        .bench(Some("shadow"), args.policy.as_deref())
+        .await?;
+    let options = Options {
+        policy: None,
+        per_token: args.per_token,
+    };
     let mut progress = Progress::new("prompts");
     let mut tick = ticking(&mut progress);
     let rows = score(&bench, &args.data, &args.out, &options, &mut tick).await?;

@@ -2,6 +2,7 @@
 
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::open::Callers;
 use super::server::{Running, start};
 use super::terminal::{note, print};
 use super::{Exit, runtime};
@@ -35,7 +36,7 @@ pub(super) fn run(args: &Args) -> Result<Exit> {
     let ended = runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let running = tokio::select! {
-            running = start(&config) => running?,
+            running = start(&config, Callers::Held) => running?,
             // Nothing runs yet that could be finished.
             () = signals.next() => return Ok(Exit::Done),
         };
@@ -98,10 +99,17 @@ fn describe(config: &Config, running: &Running) {
         "model"
     );
     for probe in &snapshot.probes {
-        let sites: Vec<_> = probe.probe.heads().iter().map(|head| head.site.to_string()).collect();
+        let sites: Vec<_> = probe
+            .probe
+            .heads()
+            .iter()
+            .map(|head| head.site.to_string())
+            .collect();
         let (name, sites, standing) = (&*probe.name, sites.join(", "), standing(&probe.standing));
         match &probe.standing {
-            Standing::Unverified { canaries: Canaries::Failed(why) } => {
+            Standing::Unverified {
+                canaries: Canaries::Failed(why),
+            } => {
                 tracing::warn!(probe = name, sites, standing, why, "probe");
             }
             _ => tracing::info!(probe = name, sites, standing, "probe"),
@@ -136,8 +144,14 @@ fn describe(config: &Config, running: &Running) {
 fn standing(standing: &Standing) -> &'static str {
     match standing {
         Standing::Native => "native",
-        Standing::Unverified { canaries: Canaries::Passed } => "unverified, canaries passed",
-        Standing::Unverified { canaries: Canaries::NotRun } => "unverified, canaries not run",
-        Standing::Unverified { canaries: Canaries::Failed(_) } => "unverified, canaries failed",
+        Standing::Unverified {
+            canaries: Canaries::Passed,
+        } => "unverified, canaries passed",
+        Standing::Unverified {
+            canaries: Canaries::NotRun,
+        } => "unverified, canaries not run",
+        Standing::Unverified {
+            canaries: Canaries::Failed(_),
+        } => "unverified, canaries failed",
     }
 }

@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::open::{Opened, open};
+use super::open::{Callers, Opened, open};
 use crate::config::Config;
 use crate::engine::handle::{Engine, EngineThread};
 use crate::error::{Error, Result};
@@ -44,7 +44,7 @@ pub struct Running {
 ///
 /// # Errors
 /// `Config` for an address that cannot be had and for what does not fit in memory, `File` for files.
-pub async fn start(config: &Config) -> Result<Running> {
+pub async fn start(config: &Config, callers: Callers) -> Result<Running> {
     // First, since a taken port is known at once and a model takes seconds to load.
     let listener = bind("--listen", config.listen).await?;
     let http_listener = match config.http_listen {
@@ -56,21 +56,27 @@ pub async fn start(config: &Config) -> Result<Running> {
     // Before anything is counted.
     metrics::install()?;
     let decisions = Arc::new(Memory::new(KEPT_DECISIONS));
-    let Opened { engine, thread, registry, defaults, watched } =
-        open(config, decisions.clone()).await?;
+    let Opened {
+        engine,
+        thread,
+        registry,
+        defaults,
+        watched,
+    } = open(config, callers, decisions.clone()).await?;
 
     let deadlines = Deadlines {
         default: config.default_deadline,
         max: config.max_deadline,
     };
-    let snapshot = registry.snapshot();
-    let policy = snapshot.policy(defaults.policy.as_deref())?;
-    metrics::policy_loaded(&policy.hash, policy.is_empty());
     let served = Served::new(engine.clone(), registry.clone(), defaults, deadlines);
     let (shutdown, closed) = (CancellationToken::new(), CancellationToken::new());
     let http = http_listener.map(|listener| {
         // It answers for as long as gRPC drains, so that probes see why.
-        tokio::spawn(http::serve(listener, served.clone(), closed.clone().cancelled_owned()))
+        tokio::spawn(http::serve(
+            listener,
+            served.clone(),
+            closed.clone().cancelled_owned(),
+        ))
     });
     let until = shutdown.clone().cancelled_owned();
     let grpc = tokio::spawn(serve(listener, served, config.drain_grace, until));
@@ -136,7 +142,9 @@ async fn bind(flag: &str, address: SocketAddr) -> Result<TcpListener> {
 }
 
 fn bound(listener: &TcpListener) -> Result<SocketAddr> {
-    listener.local_addr().map_err(|error| Error::internal(format!("no local address: {error}")))
+    listener
+        .local_addr()
+        .map_err(|error| Error::internal(format!("no local address: {error}")))
 }
 
 #[cfg(test)]
@@ -147,8 +155,14 @@ mod tests {
     async fn a_taken_port_is_an_error_of_one_line_that_helps() {
         let taken = bind("--listen", "127.0.0.1:0".parse().expect("an address")).await;
         let address = bound(&taken.as_ref().expect("binds")).expect("an address");
-        let error = bind("--listen", address).await.expect_err("refused").to_string();
-        assert!(error.contains("--listen") && error.contains("choose another port"), "{error}");
+        let error = bind("--listen", address)
+            .await
+            .expect_err("refused")
+            .to_string();
+        assert!(
+            error.contains("--listen") && error.contains("choose another port"),
+            "{error}"
+        );
         assert!(!error.contains('\n'));
     }
 }

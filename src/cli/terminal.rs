@@ -46,7 +46,10 @@ pub(super) fn bar(risk: f32) -> char {
 /// How near the riskiest of a token's scores is to positive, from 0 to 1, for showing only:
 /// the logistic function of the per-token logit, which is no calibrated probability.
 pub(super) fn risk(scores: &[&Score]) -> Option<f32> {
-    let finite = scores.iter().map(|score| score.logit).filter(|logit| logit.is_finite());
+    let finite = scores
+        .iter()
+        .map(|score| score.logit)
+        .filter(|logit| logit.is_finite());
     let highest = finite.reduce(f32::max)?;
     Some(1.0 / (1.0 + (-highest).exp()))
 }

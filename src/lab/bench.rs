@@ -11,9 +11,7 @@ use super::rows::{Row, RowPrompt, at};
 use crate::engine::event::{Captured, Completed, Event, FinishReason, Score};
 use crate::engine::fold::Folded;
 use crate::engine::handle::Engine;
-use crate::engine::prepare::{
-    CaptureDraft, Defaults, Draft, MonitorDraft, PromptDraft, prepare,
-};
+use crate::engine::prepare::{CaptureDraft, Defaults, Draft, MonitorDraft, PromptDraft, prepare};
 use crate::engine::request::{PositionSelection, Request};
 use crate::engine::sampler::SamplingDraft;
 use crate::error::{Error, Result};

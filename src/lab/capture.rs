@@ -55,7 +55,9 @@ fn wish(row: &Row, options: &Options) -> Draft {
     let reading = reading(row, &options.sites, options.positions);
     let of_answer = matches!(
         options.positions,
-        PositionSelection::Generated | PositionSelection::All
+        PositionSelection::Generated
+            | PositionSelection::All
+            | PositionSelection::FromLastPromptToken
     );
     if !of_answer || row.answer.is_some() {
         return reading;

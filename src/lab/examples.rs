@@ -45,7 +45,10 @@ impl Labelled {
         let file = path.display().to_string();
         let rows = rows::read(path)?;
         let positives = labels(&file, &rows)?;
-        let reads_answers = matches!(positions, Positions::Generated(_) | Positions::EveryGenerated);
+        let reads_answers = matches!(
+            positions,
+            Positions::Generated(_) | Positions::EveryGenerated
+        );
         let missing = |row: &&Row| row.answer.as_deref().is_none_or(str::is_empty);
         if let (true, Some(row)) = (reads_answers, rows.iter().find(missing)) {
             let message = format!(
@@ -55,7 +58,12 @@ impl Labelled {
             return Err(at(&file, row.line, message));
         }
         let record = record(path, rows.len())?;
-        Ok(Self { file, rows, positives, record })
+        Ok(Self {
+            file,
+            rows,
+            positives,
+            record,
+        })
     }
 
     /// Reads the states of every row and hands the examples over in the order of the file.
@@ -74,20 +82,33 @@ impl Labelled {
             Positions::PromptContent => PositionSelection::AllPrompt,
             Positions::Generated(_) | Positions::EveryGenerated => PositionSelection::Generated,
         };
-        visit(bench, &self.file, &self.rows, sites, selection, tick, |request, states| {
-            let (positive, row) = labels.next().expect("one label per row");
-            let states = states.filter(|position| reads(positions, &request, position as usize));
-            if states.positions.is_empty() {
-                return Err(at(&self.file, row.line, "has no token that the probe reads"));
-            }
-            let example = Example {
-                positive: *positive,
-                group: row.group.clone().unwrap_or_else(|| row.id.clone()),
-                states,
-                tokens: tokens(&request),
-            };
-            each(example, &request)
-        })
+        visit(
+            bench,
+            &self.file,
+            &self.rows,
+            sites,
+            selection,
+            tick,
+            |request, states| {
+                let (positive, row) = labels.next().expect("one label per row");
+                let states =
+                    states.filter(|position| reads(positions, &request, position as usize));
+                if states.positions.is_empty() {
+                    return Err(at(
+                        &self.file,
+                        row.line,
+                        "has no token that the probe reads",
+                    ));
+                }
+                let example = Example {
+                    positive: *positive,
+                    group: row.group.clone().unwrap_or_else(|| row.id.clone()),
+                    states,
+                    tokens: tokens(&request),
+                };
+                each(example, &request)
+            },
+        )
         .await
     }
 
@@ -95,7 +116,8 @@ impl Labelled {
     pub fn form(&self, requests: &[PromptForm]) -> Result<TrainedOn> {
         let mut common: Option<TrainedOn> = None;
         for (row, form) in self.rows.iter().zip(requests) {
-            let trained_on = trained_on(form).map_err(|message| at(&self.file, row.line, message))?;
+            let trained_on =
+                trained_on(form).map_err(|message| at(&self.file, row.line, message))?;
             match &common {
                 None => common = Some(trained_on),
                 Some(first) if *first == trained_on => {}
@@ -139,7 +161,9 @@ pub fn split(examples: Vec<Example>, seed: u64, fraction: f64) -> (Vec<Example>,
             aside.insert(name.clone());
         }
     }
-    examples.into_iter().partition(|example| !aside.contains(&example.group))
+    examples
+        .into_iter()
+        .partition(|example| !aside.contains(&example.group))
 }
 
 /// Name, hash and size of a data file, for an artefact's record.
@@ -205,10 +229,16 @@ fn labels(file: &str, rows: &[Row]) -> Result<Vec<bool>> {
 
 fn trained_on(form: &PromptForm) -> Result<TrainedOn, &'static str> {
     match form {
-        PromptForm::Chat { prefilled_answer: true, .. } => {
-            Err("ends with a turn of the assistant; move it to `answer`")
-        }
-        PromptForm::Chat { template_hash, system_prompt, user_turns, .. } => Ok(TrainedOn {
+        PromptForm::Chat {
+            prefilled_answer: true,
+            ..
+        } => Err("ends with a turn of the assistant; move it to `answer`"),
+        PromptForm::Chat {
+            template_hash,
+            system_prompt,
+            user_turns,
+            ..
+        } => Ok(TrainedOn {
             template_hash: template_hash.clone(),
             system_prompt_rule: match system_prompt {
                 None => SystemPromptRule::Default,
@@ -230,7 +260,11 @@ mod tests {
         Example {
             positive,
             group: group.into(),
-            states: RowStates { positions: vec![0], tokens: vec![0], values: vec![vec![0.0]] },
+            states: RowStates {
+                positions: vec![0],
+                tokens: vec![0],
+                values: vec![vec![0.0]],
+            },
             tokens: vec![0],
         }
     }
@@ -247,15 +281,24 @@ mod tests {
         let (rest, aside) = split(examples, 3, 0.2);
         assert_eq!((rest.len(), aside.len()), (80, 20));
         assert_eq!(aside.iter().filter(|example| example.positive).count(), 10);
-        assert!(aside.iter().all(|a| rest.iter().all(|b| a.group != b.group)));
+        assert!(
+            aside
+                .iter()
+                .all(|a| rest.iter().all(|b| a.group != b.group))
+        );
     }
 
     #[test]
     fn a_split_does_not_depend_on_the_order_of_the_rows() {
-        let examples: Vec<_> = (0..40).map(|i| example(&format!("g{i}"), i % 2 == 0)).collect();
+        let examples: Vec<_> = (0..40)
+            .map(|i| example(&format!("g{i}"), i % 2 == 0))
+            .collect();
         let names = |examples: Vec<Example>| {
             let (_, aside) = split(examples, 3, 0.25);
-            aside.into_iter().map(|e| e.group).collect::<std::collections::BTreeSet<_>>()
+            aside
+                .into_iter()
+                .map(|e| e.group)
+                .collect::<std::collections::BTreeSet<_>>()
         };
         let reversed = examples.iter().rev().cloned().collect();
         assert_eq!(names(examples), names(reversed));
@@ -263,13 +306,23 @@ mod tests {
 
     #[test]
     fn labels_are_of_one_kind() {
-        let good = rows("{\"text\":\"a\",\"label\":\"complied\"}\n{\"text\":\"b\",\"label\":\"refused\"}");
+        let good =
+            rows("{\"text\":\"a\",\"label\":\"complied\"}\n{\"text\":\"b\",\"label\":\"refused\"}");
         assert_eq!(labels("f", &good).expect("labels"), [true, false]);
-        let mixed = rows("{\"text\":\"a\",\"label\":\"complied\"}\n{\"text\":\"b\",\"label\":\"benign\"}");
+        let mixed =
+            rows("{\"text\":\"a\",\"label\":\"complied\"}\n{\"text\":\"b\",\"label\":\"benign\"}");
         let error = labels("f", &mixed).expect_err("is rejected").to_string();
-        assert!(error.starts_with("f:2:") && error.contains("mixes"), "{error}");
+        assert!(
+            error.starts_with("f:2:") && error.contains("mixes"),
+            "{error}"
+        );
         let missing = rows("{\"text\":\"a\"}");
-        assert!(labels("f", &missing).expect_err("is rejected").to_string().contains("`label`"));
+        assert!(
+            labels("f", &missing)
+                .expect_err("is rejected")
+                .to_string()
+                .contains("`label`")
+        );
     }
 
     #[test]
@@ -291,7 +344,10 @@ mod tests {
             prefilled_answer: false,
         };
         let trained = trained_on(&chat).expect("is plain");
-        assert_eq!(trained.system_prompt_rule, SystemPromptRule::TextHash("s".into()));
+        assert_eq!(
+            trained.system_prompt_rule,
+            SystemPromptRule::TextHash("s".into())
+        );
         assert_eq!(trained.turns, 2);
         assert!(trained_on(&PromptForm::RawText).is_err());
     }

@@ -68,11 +68,17 @@ pub async fn fit(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Fit
     let train = Labelled::read(&options.train, options.positions)?;
     let (mut examples, mut forms) = (Vec::new(), Vec::new());
     train
-        .visit(bench, &options.sites, options.positions, tick, |example, request| {
-            examples.push(example);
-            forms.push(request.prompt.form.clone());
-            Ok(())
-        })
+        .visit(
+            bench,
+            &options.sites,
+            options.positions,
+            tick,
+            |example, request| {
+                examples.push(example);
+                forms.push(request.prompt.form.clone());
+                Ok(())
+            },
+        )
         .await?;
     let trained_on = train.form(&forms)?;
     let (rest, held_out) = split(examples, options.seed, HELD_OUT);
@@ -104,7 +110,8 @@ pub async fn fit(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Fit
                 examples.push(example);
                 Ok(())
             };
-            rows.visit(bench, &options.sites, options.positions, tick, keep).await?;
+            rows.visit(bench, &options.sites, options.positions, tick, keep)
+                .await?;
             work.canaries(&probe, &examples)?
         }
     };
@@ -113,13 +120,23 @@ pub async fn fit(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Fit
         let rows = Labelled::read(path, options.positions)?;
         if let Some(index) = rows.positives.iter().position(|positive| *positive) {
             let line = rows.rows[index].line;
-            return Err(super::rows::at(&rows.file, line, "must be benign: it sets thresholds"));
+            return Err(super::rows::at(
+                &rows.file,
+                line,
+                "must be benign: it sets thresholds",
+            ));
         }
         benign.clear();
-        rows.visit(bench, &options.sites, options.positions, tick, |example, _| {
-            benign.push(work.score(&probe, &example)?);
-            Ok(())
-        })
+        rows.visit(
+            bench,
+            &options.sites,
+            options.positions,
+            tick,
+            |example, _| {
+                benign.push(work.score(&probe, &example)?);
+                Ok(())
+            },
+        )
         .await?;
         calibration_data = Some(rows.record);
     }
@@ -142,7 +159,10 @@ pub async fn fit(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Fit
     manifest.calibration_logit_std = std;
     manifest.canaries = canaries;
     probe = Probe::new(manifest, heads, prober).map_err(unfit)?;
-    Ok(Fitted { probe, remarks: work.remarks })
+    Ok(Fitted {
+        probe,
+        remarks: work.remarks,
+    })
 }
 
 /// The loaded model, as artefacts name it.
@@ -158,17 +178,32 @@ pub fn identity(bench: &Bench) -> ModelIdentity {
 
 /// An error of the probe crate, as one of ours: its texts name field and remedy already.
 pub fn unfit(error: inwit_probes::Error) -> Error {
-    Error::FailedPrecondition { subject: "probe".into(), message: error.to_string() }
+    Error::FailedPrecondition {
+        subject: "probe".into(),
+        message: error.to_string(),
+    }
 }
 
 fn check(options: &Options) -> Result<()> {
     inwit_probes::manifest::check_name("name", &options.name).map_err(unfit)?;
-    if !matches!(options.kind, Kind::Logistic | Kind::DifferenceOfMeans | Kind::Attention) {
-        return Err(Error::unsupported("kind", "use logistic, difference_of_means or attention"));
+    if !matches!(
+        options.kind,
+        Kind::Logistic | Kind::DifferenceOfMeans | Kind::Attention
+    ) {
+        return Err(Error::unsupported(
+            "kind",
+            "use logistic, difference_of_means or attention",
+        ));
     }
-    let attention = options.gathers.iter().any(|gather| *gather == Gather::Attention);
+    let attention = options
+        .gathers
+        .iter()
+        .any(|gather| *gather == Gather::Attention);
     if attention != (options.kind == Kind::Attention) || (attention && options.gathers.len() > 1) {
-        return Err(Error::invalid("gather", "attention goes with --kind attention, and alone"));
+        return Err(Error::invalid(
+            "gather",
+            "attention goes with --kind attention, and alone",
+        ));
     }
     if options.gathers.is_empty() {
         return Err(Error::invalid("gather", "name at least one"));
@@ -176,7 +211,10 @@ fn check(options: &Options) -> Result<()> {
     if !options.positions.per_token()
         && options.gathers.iter().any(|gather| *gather != Gather::Last)
     {
-        let message = format!("at {} a probe reads one token; use --gather last", options.positions);
+        let message = format!(
+            "at {} a probe reads one token; use --gather last",
+            options.positions
+        );
         return Err(Error::invalid("gather", message));
     }
     Ok(())
@@ -193,12 +231,17 @@ struct Scored {
 impl Scored {
     /// The request's number: gathered over the first `tokens` tokens.
     fn gathered(&self, gather: &Gather, tokens: usize) -> f32 {
-        self.running(gather, tokens).last().copied().unwrap_or(f32::MIN)
+        self.running(gather, tokens)
+            .last()
+            .copied()
+            .unwrap_or(f32::MIN)
     }
 
     /// The highest number that a rule would see while the tokens come.
     fn highest(&self, gather: &Gather, tokens: usize) -> f32 {
-        self.running(gather, tokens).into_iter().fold(f32::MIN, f32::max)
+        self.running(gather, tokens)
+            .into_iter()
+            .fold(f32::MIN, f32::max)
     }
 
     fn running(&self, gather: &Gather, tokens: usize) -> Vec<f32> {
@@ -241,15 +284,23 @@ impl<'a> Work<'a> {
         let site = self.options.sites[0];
         let joint = match self.options.kind {
             Kind::Attention => {
-                let params = AttentionParams { seed: self.options.seed, ..Default::default() };
-                fit_attention(&self.requests(examples)?, site, &params).map_err(unfit)?.head
+                let params = AttentionParams {
+                    seed: self.options.seed,
+                    ..Default::default()
+                };
+                fit_attention(&self.requests(examples)?, site, &params)
+                    .map_err(unfit)?
+                    .head
             }
             Kind::DifferenceOfMeans => {
                 fit_difference_of_means(&self.views(examples)?, site, NormKind::Standard)
                     .map_err(unfit)?
             }
             _ => {
-                let mut params = LogisticParams { seed: self.options.seed, ..Default::default() };
+                let mut params = LogisticParams {
+                    seed: self.options.seed,
+                    ..Default::default()
+                };
                 if !self.options.alphas.is_empty() {
                     params.alphas = self.options.alphas.clone();
                 }
@@ -257,7 +308,8 @@ impl<'a> Work<'a> {
                 self.metric("alpha", fit.alpha, None);
                 if !fit.converged {
                     let length = fit.gradient;
-                    self.remarks.push(format!("The solver stopped at gradient {length:.1e}."));
+                    self.remarks
+                        .push(format!("The solver stopped at gradient {length:.1e}."));
                 }
                 fit.head
             }
@@ -296,7 +348,10 @@ impl<'a> Work<'a> {
         Ok(AttentionData {
             x: examples.iter().map(request).collect::<Result<_>>()?,
             y: examples.iter().map(|example| example.positive).collect(),
-            group: examples.iter().map(|example| example.group.clone()).collect(),
+            group: examples
+                .iter()
+                .map(|example| example.group.clone())
+                .collect(),
         })
     }
 
@@ -306,13 +361,23 @@ impl<'a> Work<'a> {
             let site = move |values: &'_ Vec<f32>| {
                 values[token * self.d_model..(token + 1) * self.d_model].to_vec()
             };
-            example.states.values.iter().flat_map(site).collect::<Vec<_>>()
+            example
+                .states
+                .values
+                .iter()
+                .flat_map(site)
+                .collect::<Vec<_>>()
         };
-        (0..example.states.positions.len()).flat_map(state).collect()
+        (0..example.states.positions.len())
+            .flat_map(state)
+            .collect()
     }
 
     fn score_all(&self, probe: &Probe, examples: &[Example]) -> Result<Vec<Scored>> {
-        examples.iter().map(|example| self.score(probe, example)).collect()
+        examples
+            .iter()
+            .map(|example| self.score(probe, example))
+            .collect()
     }
 
     /// By the plain definition, so that an artefact's numbers do not hang on a kernel.
@@ -328,7 +393,9 @@ impl<'a> Work<'a> {
         Ok(Scored {
             positive: example.positive,
             group: example.group.clone(),
-            outputs: (0..example.states.positions.len()).map(output).collect::<Result<_>>()?,
+            outputs: (0..example.states.positions.len())
+                .map(output)
+                .collect::<Result<_>>()?,
         })
     }
 
@@ -339,7 +406,10 @@ impl<'a> Work<'a> {
         held_out: &[Scored],
         benign: &[Scored],
     ) -> Result<Calibration> {
-        let logits: Vec<f32> = held_out.iter().map(|row| row.gathered(gather, usize::MAX)).collect();
+        let logits: Vec<f32> = held_out
+            .iter()
+            .map(|row| row.gathered(gather, usize::MAX))
+            .collect();
         let y: Vec<bool> = held_out.iter().map(|row| row.positive).collect();
         let group: Vec<String> = held_out.iter().map(|row| row.group.clone()).collect();
         self.measure(gather, &logits, &y, &group)?;
@@ -357,7 +427,9 @@ impl<'a> Work<'a> {
                 None => row.gathered(gather, usize::MAX),
             };
             let benign: Vec<f32> = benign.iter().map(of_request).collect();
-            calibration.thresholds.extend(self.thresholds(&benign, length));
+            calibration
+                .thresholds
+                .extend(self.thresholds(&benign, length));
         }
         Ok(calibration)
     }
@@ -368,7 +440,8 @@ impl<'a> Work<'a> {
             match operating_point(benign, rate, length) {
                 Ok(point) => points.push(point),
                 Err(error) => {
-                    let remark = format!("No threshold for a false-positive rate of {rate}: {error}.");
+                    let remark =
+                        format!("No threshold for a false-positive rate of {rate}: {error}.");
                     if !self.remarks.contains(&remark) {
                         self.remarks.push(remark);
                     }
@@ -397,9 +470,20 @@ impl<'a> Work<'a> {
         };
         let ranked = (auroc(logits, y).map_err(unfit)?, interval(&auroc));
         let at_one_percent = |logits: &[f32], y: &[bool]| tpr_at_fpr(logits, y, 0.01);
-        let caught = (at_one_percent(logits, y).map_err(unfit)?, interval(&at_one_percent));
-        self.metric(&format!("held_out_auroc_{}", plain(gather)), ranked.0, ranked.1);
-        self.metric(&format!("held_out_tpr_at_fpr_0.01_{}", plain(gather)), caught.0, caught.1);
+        let caught = (
+            at_one_percent(logits, y).map_err(unfit)?,
+            interval(&at_one_percent),
+        );
+        self.metric(
+            &format!("held_out_auroc_{}", plain(gather)),
+            ranked.0,
+            ranked.1,
+        );
+        self.metric(
+            &format!("held_out_tpr_at_fpr_0.01_{}", plain(gather)),
+            caught.0,
+            caught.1,
+        );
         Ok(())
     }
 
@@ -411,7 +495,10 @@ impl<'a> Work<'a> {
             return;
         }
         for length in ANSWER_LENGTHS {
-            let long = benign.iter().filter(|row| row.outputs.len() >= length as usize).count();
+            let long = benign
+                .iter()
+                .filter(|row| row.outputs.len() >= length as usize)
+                .count();
             let share = long as f64 / benign.len().max(1) as f64;
             self.metric(&format!("benign_answers_of_{length}_tokens"), share, None);
         }
@@ -459,13 +546,17 @@ impl<'a> Work<'a> {
     }
 
     fn metric(&mut self, name: &str, value: f64, interval: Option<[f64; 2]>) {
-        self.metrics.insert(name.to_owned(), Metric { value, interval });
+        self.metrics
+            .insert(name.to_owned(), Metric { value, interval });
     }
 }
 
 /// `ema{0.2}` as part of a metric's name.
 fn plain(gather: &Gather) -> String {
-    gather.to_string().replace(['{', ',', ' '], "_").replace('}', "")
+    gather
+        .to_string()
+        .replace(['{', ',', ' '], "_")
+        .replace('}', "")
 }
 
 /// Takes a head over several sites side by side apart: one head per site, the bias with the first.
@@ -473,7 +564,8 @@ fn part(joint: &Head, sites: &[Site], d_model: usize) -> Vec<Head> {
     let width = sites.len() * d_model;
     let of_site = |values: &[f32], index: usize| -> Vec<f32> {
         let rows = values.chunks(width);
-        rows.flat_map(|row| row[index * d_model..(index + 1) * d_model].to_vec()).collect()
+        rows.flat_map(|row| row[index * d_model..(index + 1) * d_model].to_vec())
+            .collect()
     };
     let head = |(index, site): (usize, &Site)| Head {
         site: *site,
@@ -497,7 +589,12 @@ fn part(joint: &Head, sites: &[Site], d_model: usize) -> Vec<Head> {
 fn mean(states: &[f32], width: usize) -> Vec<f32> {
     let rows = (states.len() / width) as f64;
     let column = |column: usize| {
-        let sum: f64 = states.iter().skip(column).step_by(width).map(|v| f64::from(*v)).sum();
+        let sum: f64 = states
+            .iter()
+            .skip(column)
+            .step_by(width)
+            .map(|v| f64::from(*v))
+            .sum();
         (sum / rows) as f32
     };
     (0..width).map(column).collect()
@@ -518,7 +615,11 @@ fn standard_deviation(values: impl Iterator<Item = f32>) -> f32 {
     let values: Vec<f64> = values.map(f64::from).collect();
     let count = values.len().max(1) as f64;
     let mean = values.iter().sum::<f64>() / count;
-    let square = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count;
+    let square = values
+        .iter()
+        .map(|value| (value - mean).powi(2))
+        .sum::<f64>()
+        / count;
     square.sqrt() as f32
 }
 
@@ -547,7 +648,12 @@ mod tests {
     }
 
     fn work(options: &Options) -> Work<'_> {
-        Work { options, d_model: D_MODEL, metrics: BTreeMap::new(), remarks: Vec::new() }
+        Work {
+            options,
+            d_model: D_MODEL,
+            metrics: BTreeMap::new(),
+            remarks: Vec::new(),
+        }
     }
 
     /// Positives differ at the second site's last dimension.
@@ -556,7 +662,11 @@ mod tests {
         let mut state = |positive: bool, tokens: usize, site: usize| -> Vec<f32> {
             let mut values: Vec<f32> = (0..tokens * D_MODEL).map(|_| seeded.signed()).collect();
             if positive && site == 1 {
-                values.iter_mut().skip(2).step_by(D_MODEL).for_each(|v| *v += 1.5);
+                values
+                    .iter_mut()
+                    .skip(2)
+                    .step_by(D_MODEL)
+                    .for_each(|v| *v += 1.5);
             }
             values
         };
@@ -584,8 +694,13 @@ mod tests {
             weight_format: "f32".into(),
         };
         let heads = work.heads(examples).expect("fits");
-        let mut manifest =
-            Manifest::new("prompt_harm", options.kind, D_MODEL, options.positions, identity);
+        let mut manifest = Manifest::new(
+            "prompt_harm",
+            options.kind,
+            D_MODEL,
+            options.positions,
+            identity,
+        );
         manifest.gathers = options.gathers.clone();
         Probe::new(manifest, heads, None).expect("a probe")
     }
@@ -597,7 +712,9 @@ mod tests {
         let probe = probe(&options, &mut work, &rest);
         assert_eq!(probe.heads().len(), 2);
         let scored = work.score_all(&probe, &held_out).expect("scores");
-        let calibration = work.calibrate(&gather, &scored, &scored).expect("calibrates");
+        let calibration = work
+            .calibrate(&gather, &scored, &scored)
+            .expect("calibrates");
         let auroc = work.metrics[&format!("held_out_auroc_{}", plain(&gather))];
         assert!(auroc.value > 0.95, "{kind:?}: {auroc:?}");
         assert!(calibration.probability(100.0) > calibration.probability(-100.0));
@@ -628,7 +745,11 @@ mod tests {
             })
             .expect("scores");
         let gathered = scored.gathered(&Gather::Mean, usize::MAX);
-        assert!((whole.logit - gathered).abs() < 1e-4, "{} {gathered}", whole.logit);
+        assert!(
+            (whole.logit - gathered).abs() < 1e-4,
+            "{} {gathered}",
+            whole.logit
+        );
     }
 
     #[test]
@@ -637,7 +758,10 @@ mod tests {
         let mut work = work(&options);
         let benign: Vec<f32> = (0..100).map(|i| i as f32).collect();
         let points = work.thresholds(&benign, None);
-        assert_eq!(points.iter().map(|point| point.fpr).collect::<Vec<_>>(), [0.01, 0.05]);
+        assert_eq!(
+            points.iter().map(|point| point.fpr).collect::<Vec<_>>(),
+            [0.01, 0.05]
+        );
         assert!(work.remarks[0].contains("0.001"), "{:?}", work.remarks);
     }
 
@@ -649,8 +773,15 @@ mod tests {
         let probe = probe(&options, &mut work, &examples);
         let canaries = work.canaries(&probe, &examples).expect("canaries");
         assert_eq!(canaries.len(), 2 * CANARIES_PER_SIGN);
-        assert_eq!(canaries.iter().filter(|canary| canary.positive).count(), CANARIES_PER_SIGN);
-        assert!(canaries.iter().all(|canary| canary.position + 1 == canary.tokens.len()));
+        assert_eq!(
+            canaries.iter().filter(|canary| canary.positive).count(),
+            CANARIES_PER_SIGN
+        );
+        assert!(
+            canaries
+                .iter()
+                .all(|canary| canary.position + 1 == canary.tokens.len())
+        );
         assert!(work.canaries(&probe, &examples[..10]).is_err());
     }
 

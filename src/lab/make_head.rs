@@ -59,7 +59,11 @@ pub async fn make(
     let all = teacher_forced(bench, &file, &harmful, &mut *tick).await?;
     let (mut learn, mut held_out) = (Examples::default(), Examples::default());
     for (index, examples) in all.into_iter().enumerate() {
-        let to = if index % HELD_OUT == HELD_OUT - 1 { &mut held_out } else { &mut learn };
+        let to = if index % HELD_OUT == HELD_OUT - 1 {
+            &mut held_out
+        } else {
+            &mut learn
+        };
         to.states.extend(examples.states);
         to.targets.extend(examples.targets);
     }
@@ -72,7 +76,11 @@ pub async fn make(
         let rows = rows::read(path)?;
         let file = path.display().to_string();
         if let Some(row) = rows.iter().find(|row| row.answer.is_none()) {
-            return Err(at(&file, row.line, "no `answer`; the head is kept as it is on answers"));
+            return Err(at(
+                &file,
+                row.line,
+                "no `answer`; the head is kept as it is on answers",
+            ));
         }
         for examples in teacher_forced(bench, &file, &rows, &mut *tick).await? {
             benign.extend(examples.states);
@@ -97,14 +105,21 @@ pub async fn make(
         ("fitted_tokens", learn.targets.len() as f32),
     ];
     for (name, value) in metrics {
-        let metric = Metric { value: f64::from(value), interval: None };
+        let metric = Metric {
+            value: f64::from(value),
+            interval: None,
+        };
         manifest.record.metrics.insert(name.into(), metric);
     }
     manifest.record.data = records;
     manifest.record.seed = options.seed;
     manifest.record.command = data.command.clone();
     let head = RefusalHead::new(manifest, low_rank.a, low_rank.b).map_err(unfit)?;
-    Ok(Made { head, before, after })
+    Ok(Made {
+        head,
+        before,
+        after,
+    })
 }
 
 /// Gives every prompt a refusal: one of its category where there is any, else one of any category.
@@ -140,10 +155,18 @@ async fn teacher_forced(
     let end = bench.engine.tokenizer().stop_ids().first().copied();
     let mut all = Vec::with_capacity(rows.len());
     let sites = [Site::FinalNorm];
-    visit(bench, file, rows, &sites, PositionSelection::All, tick, |request, states| {
-        all.push(predictions(&states, request.prompt.tokens.len(), end));
-        Ok(())
-    })
+    visit(
+        bench,
+        file,
+        rows,
+        &sites,
+        PositionSelection::FromLastPromptToken,
+        tick,
+        |request, states| {
+            all.push(predictions(&states, request.prompt.tokens.len(), end));
+            Ok(())
+        },
+    )
     .await?;
     Ok(all)
 }

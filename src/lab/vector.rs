@@ -50,7 +50,10 @@ pub async fn make(
     let vector = difference_of_means(&FitData { x, y, group }).map_err(unfit)?;
     let mut manifest = VectorManifest::new(name, site, d_model, norms, identity(bench));
     let length = f64::from(vector.iter().map(|v| v * v).sum::<f32>().sqrt());
-    let metric = Metric { value: length, interval: None };
+    let metric = Metric {
+        value: length,
+        interval: None,
+    };
     manifest.record.metrics.insert("length".into(), metric);
     manifest.record.data = data;
     manifest.record.command = command.to_owned();
@@ -64,7 +67,11 @@ fn norms(states: &[f32], d_model: usize) -> NormStatistics {
         .collect();
     let count = lengths.len().max(1) as f64;
     let mean = lengths.iter().sum::<f64>() / count;
-    let square = lengths.iter().map(|length| (length - mean).powi(2)).sum::<f64>() / count;
+    let square = lengths
+        .iter()
+        .map(|length| (length - mean).powi(2))
+        .sum::<f64>()
+        / count;
     NormStatistics {
         mean: mean as f32,
         std: square.sqrt() as f32,
