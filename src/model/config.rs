@@ -312,7 +312,8 @@ pub(crate) mod tests {
 
     #[test]
     fn absurd_numbers_are_named() {
-        let broken: [(&str, fn(&mut ModelConfig)); 8] = [
+        type Breakage = fn(&mut ModelConfig);
+        let broken: [(&str, Breakage); 8] = [
             ("number of layers", |c| c.n_layers = 1_000_000_000),
             ("number of attention heads", |c| c.n_heads = 0),
             ("key-value heads", |c| c.n_kv_heads = 3),

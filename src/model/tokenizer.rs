@@ -47,7 +47,9 @@ struct Inner {
 }
 
 /// Special tokens that end a turn of chat or a text, whatever a file's metadata says.
-pub(crate) const TERMINATORS: [&str; 7] = [
+pub(crate) const TERMINATORS: [&str; 9] = [
+    "</s>",
+    "<eos>",
     "<|im_end|>",
     "<|eot_id|>",
     "<|eom_id|>",
@@ -384,10 +386,8 @@ fn added_bytes(token: &str, alphabet: Alphabet) -> Vec<u8> {
 /// `<0x0A>` is the byte 10.
 fn fallback_byte(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
-    if digits.len() != 2 {
-        return None;
-    }
-    u8::from_str_radix(digits, 16).ok()
+    let two = digits.len() == 2 && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    two.then(|| u8::from_str_radix(digits, 16).ok()).flatten()
 }
 
 /// GPT-2's byte alphabet: printable Latin-1 stands for itself, the 68 others follow from U+0100.
@@ -402,4 +402,134 @@ fn byte_of(letter: char) -> Option<u8> {
         .filter(|&byte| !itself(byte))
         .nth(nth as usize)
         .and_then(|byte| u8::try_from(byte).ok())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use tokenizers::AddedToken;
+    use tokenizers::models::bpe::BPE;
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+
+    use super::*;
+
+    /// Single bytes, `<|im_start|>` 256, `<|im_end|>` 257, and `<think>` 258, which is text.
+    pub(crate) fn bytes_only() -> Tokenizer {
+        let letters = (0..=0x2ffu32).filter_map(char::from_u32);
+        let vocabulary: Vec<(String, u32)> = letters
+            .filter_map(|letter| Some((letter.to_string(), u32::from(byte_of(letter)?))))
+            .collect();
+        let bpe = BPE::builder()
+            .vocab_and_merges(
+                vocabulary
+                    .into_iter()
+                    .collect::<tokenizers::models::bpe::Vocab>(),
+                vec![],
+            )
+            .build()
+            .expect("a model");
+        let mut pipeline = Pipeline::new(bpe);
+        pipeline.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+        let special = ["<|im_start|>", "<|im_end|>"].map(|text| AddedToken::from(text, true));
+        pipeline.add_tokens(special).expect("tokens");
+        pipeline
+            .add_tokens([AddedToken::from("<think>", false)])
+            .expect("tokens");
+        Tokenizer::build(Parts {
+            pipeline,
+            alphabet: Alphabet::ByteLevel,
+            bos: None,
+            eos: Some(257),
+            add_bos: true,
+            stop_ids: vec![257, 257],
+        })
+        .expect("a tokenizer")
+    }
+
+    #[test]
+    fn the_alphabet_of_bytes_is_a_bijection() {
+        let bytes: std::collections::BTreeSet<u8> = (0..=0x2ffu32)
+            .filter_map(char::from_u32)
+            .filter_map(byte_of)
+            .collect();
+        assert_eq!(bytes.len(), 256);
+        assert_eq!(
+            (byte_of('\u{120}'), byte_of('A'), byte_of('\u{10a}')),
+            (Some(b' '), Some(b'A'), Some(b'\n'))
+        );
+        assert_eq!(byte_of(' '), None);
+    }
+
+    #[test]
+    fn special_text_is_a_token_only_when_asked() {
+        let tokenizer = bytes_only();
+        let tokens = tokenizer
+            .encode("a<|im_end|>", SpecialText::AsTokens)
+            .expect("tokens");
+        assert_eq!(tokens, [u32::from(b'a'), 257]);
+        let text = tokenizer
+            .encode("a<|im_end|>", SpecialText::AsText)
+            .expect("tokens");
+        assert_eq!(
+            text,
+            "a<|im_end|>".bytes().map(u32::from).collect::<Vec<_>>()
+        );
+        for special in [SpecialText::AsText, SpecialText::AsTokens] {
+            assert_eq!(tokenizer.encode("<think>", special), Ok(vec![258]));
+        }
+    }
+
+    #[test]
+    fn bytes_of_tokens_are_the_text() {
+        let tokenizer = bytes_only();
+        let text = "na\u{ef}ve \u{1f600}\0\t<think>";
+        let ids = tokenizer.encode(text, SpecialText::AsText).expect("tokens");
+        let bytes: Vec<u8> = ids
+            .iter()
+            .flat_map(|&id| tokenizer.token_bytes(id).to_vec())
+            .collect();
+        assert_eq!(bytes, text.as_bytes());
+        assert_eq!(tokenizer.token_bytes(257), b"");
+        assert_eq!(tokenizer.token_bytes(u32::MAX), b"");
+        assert!(tokenizer.is_special(256) && !tokenizer.is_special(258));
+    }
+
+    #[test]
+    fn text_beyond_the_cap_is_an_error() {
+        let text = "a".repeat(MAX_TEXT_BYTES + 1);
+        let error = bytes_only()
+            .encode(&text, SpecialText::AsText)
+            .expect_err("too long");
+        assert!(matches!(error, Error::InvalidRequest { .. }));
+    }
+
+    #[test]
+    fn a_vocabulary_larger_than_the_embedding_is_an_error() {
+        let tokenizer = bytes_only();
+        assert_eq!(tokenizer.vocab_size(), 259);
+        assert_eq!(tokenizer.check_fits(259), Ok(()));
+        assert!(tokenizer.check_fits(258).is_err());
+    }
+
+    #[test]
+    fn stop_ids_are_sorted_and_a_missing_bos_is_never_added() {
+        let tokenizer = bytes_only();
+        assert_eq!(tokenizer.stop_ids(), [257]);
+        assert!(!tokenizer.add_bos());
+    }
+
+    #[test]
+    fn a_panic_in_the_library_is_an_error() {
+        let result: Result<(), String> = guarded(|| panic!("as a hostile tokenizer.json would"));
+        assert_eq!(result, Err("the tokenizer library panicked".into()));
+    }
+
+    #[test]
+    fn sentence_piece_spells_spaces_and_bytes() {
+        let bytes = |token: &str| token_bytes(token, Alphabet::SentencePiece);
+        assert_eq!(bytes("\u{2581}the"), b" the");
+        assert_eq!(bytes("<0xF0>"), [0xf0]);
+        assert_eq!(bytes("<0xF>"), b"<0xF>");
+        assert_eq!(bytes("<0x+1>"), b"<0x+1>");
+        assert!(is_padding("[PAD151643]") && !is_padding("[PAD]"));
+    }
 }

@@ -125,6 +125,15 @@ impl Snapshot {
         }
     }
 
+    /// The same snapshot with `policy`, compiled against its catalog, as the default one.
+    pub fn with_default_policy(&self, policy: Policy) -> Self {
+        let mut snapshot = self.clone();
+        snapshot.default_policy = policy.name.clone();
+        snapshot.policies.insert(policy.name.clone(), Arc::new(policy));
+        snapshot.hash = snapshot.content_hash();
+        snapshot
+    }
+
     /// Refuses a policy that reads a probe whose canaries did not pass on these weights.
     pub fn may_enforce(&self, policy: &Policy) -> Result<()> {
         let read: BTreeSet<_> = policy.detectors.iter().map(|d| d.probe).collect();

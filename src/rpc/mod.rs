@@ -13,6 +13,7 @@
 
 mod activation;
 mod call;
+pub mod client;
 pub mod codec;
 mod convert;
 mod generation;

@@ -82,7 +82,7 @@ fn weights(folder: &Path) -> Result<(Vec<WeightFile>, Tensors)> {
         let path = folder.join(name);
         let file = WeightFile::open(&path)?;
         let bytes = file.bytes;
-        let entries = file.from_start(|file| safetensors::read_header(file, bytes))?;
+        let entries = file.rewound(|file| safetensors::read_header(file, bytes))?;
         for entry in entries {
             // Old checkpoints store the rotary frequencies, which the configuration gives.
             if entry.name.ends_with("rotary_emb.inv_freq") {
@@ -531,10 +531,14 @@ fn tokenizer(folder: &Path, fields: &Fields, settings: &Map<String, Value>) -> R
         pipeline.token_to_id(token)
     };
     let (bos, eos) = (id("bos_token"), id("eos_token"));
-    let bos = bos.or(token_ids(fields.get("bos_token_id"))
-        .map_err(fail)?
-        .first()
-        .copied());
+    // Without settings of its own, the tokenizer's are those of the configuration.
+    let bos = match settings.is_empty() {
+        true => token_ids(fields.get("bos_token_id"))
+            .map_err(fail)?
+            .first()
+            .copied(),
+        false => bos,
+    };
     let generation_path = folder.join("generation_config.json");
     let generation = optional_json(&generation_path)?;
     let mut stop_ids: Vec<u32> = eos.into_iter().collect();
@@ -687,4 +691,205 @@ fn template(
     ChatTemplate::new(&source, tokenizer)
         .map(Some)
         .map_err(|error| Error::file(path.display(), format!("the chat template: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn llama() -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+            "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 256,
+            "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        })
+    }
+
+    fn with(changes: Value) -> Value {
+        let mut config = llama();
+        let object = config.as_object_mut().expect("an object");
+        object.extend(changes.as_object().expect("an object").clone());
+        config
+    }
+
+    fn parse(config: Value) -> Result<ModelConfig, String> {
+        let fields = Fields {
+            object: config.as_object().expect("an object").clone(),
+        };
+        let config = super::config(&fields, None)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check_refused(changes: Value, expected: &str) {
+        let error = parse(with(changes)).expect_err(expected);
+        assert!(error.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn absurd_configurations_are_refused_by_name() {
+        check_refused(json!({"num_attention_heads": 0}), "num_attention_heads");
+        check_refused(json!({"hidden_size": -64}), "hidden_size");
+        check_refused(
+            json!({"num_hidden_layers": 1_000_000_000}),
+            "num_hidden_layers",
+        );
+        check_refused(json!({"num_hidden_layers": 5000}), "number of layers");
+        check_refused(json!({"rope_theta": -1}), "rotary base");
+        check_refused(json!({"rope_theta": 1e300}), "rope_theta");
+        check_refused(json!({"rope_theta": "NaN"}), "rope_theta");
+        check_refused(json!({"head_dim": 1u64 << 60}), "head size");
+        check_refused(json!({"num_key_value_heads": 3}), "evenly");
+        check_refused(json!({"vocab_size": 0}), "vocabulary size");
+        check_refused(json!({"hidden_size": null}), "hidden_size");
+    }
+
+    #[test]
+    fn what_is_not_implemented_is_refused_by_name() {
+        check_refused(
+            json!({"architectures": ["MambaForCausalLM"]}),
+            "MambaForCausalLM",
+        );
+        check_refused(json!({"model_type": "phi3"}), "phi3");
+        check_refused(
+            json!({"quantization_config": {"bits": 4}}),
+            "quantization_config",
+        );
+        check_refused(json!({"attention_bias": true}), "attention_bias");
+        check_refused(json!({"mlp_bias": true}), "mlp_bias");
+        check_refused(json!({"hidden_act": "gelu"}), "gelu");
+        check_refused(
+            json!({"partial_rotary_factor": 0.5}),
+            "partial_rotary_factor",
+        );
+        check_refused(
+            json!({"rope_scaling": {"type": "yarn", "factor": 2.0}}),
+            "yarn",
+        );
+        check_refused(
+            json!({"rope_scaling": {"rope_type": "llama3"}}),
+            "low_freq_factor",
+        );
+        check_refused(
+            json!({"layer_types": ["full_attention", "linear_attention"]}),
+            "linear_attention",
+        );
+        check_refused(
+            json!({"layer_types": ["full_attention"]}),
+            "1 layer types for 4 layers",
+        );
+    }
+
+    #[test]
+    fn both_spellings_of_rotary_scaling_are_read() {
+        let scaling = json!({
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        });
+        let old = parse(with(json!({"rope_theta": 5e5, "rope_scaling": scaling}))).expect("old");
+        let mut parameters = scaling;
+        parameters["rope_theta"] = json!(5e5);
+        let new = parse(with(json!({"rope_parameters": parameters}))).expect("new");
+        assert_eq!(old.rope, new.rope);
+        assert_ne!(
+            old.rope,
+            parse(with(json!({"rope_theta": 5e5}))).expect("plain").rope
+        );
+        let linear = json!({"rope_scaling": {"type": "linear", "factor": 4.0}});
+        let linear = parse(with(linear)).expect("linear").rope;
+        assert_eq!(linear.inv_freq[0], 0.25);
+    }
+
+    #[test]
+    fn a_sliding_window_is_honoured_on_the_layers_that_have_it() {
+        let mistral = json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16});
+        let config = parse(with(mistral)).expect("mistral");
+        assert_eq!(
+            (config.sliding_window, config.sliding_layers),
+            (Some(16), vec![true; 4])
+        );
+
+        let qwen = |used: bool| {
+            let changes = json!({
+                "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+                "sliding_window": 16, "use_sliding_window": used, "max_window_layers": 3,
+            });
+            parse(with(changes)).expect("qwen2")
+        };
+        assert_eq!(qwen(true).sliding_layers, [false, false, false, true]);
+        assert_eq!(
+            (qwen(false).sliding_window, qwen(false).sliding_layers),
+            (None, vec![false; 4])
+        );
+    }
+
+    #[test]
+    fn gemma3_reads_its_two_rotary_bases_in_both_spellings() {
+        let gemma = |ropes: Value| {
+            let mut changes = json!({
+                "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+                "hidden_act": null, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 16,
+                "query_pre_attn_scalar": 64, "sliding_window": 8, "sliding_window_pattern": 2,
+            });
+            let object = changes.as_object_mut().expect("an object");
+            object.extend(ropes.as_object().expect("an object").clone());
+            parse(with(changes)).expect("gemma3")
+        };
+        let old = gemma(json!({
+            "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        }));
+        let new = gemma(json!({"rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }}));
+        assert_eq!(old, new);
+        assert_eq!(old.sliding_layers, [true, false, true, false]);
+        assert_eq!(old.attention_scale, 0.125);
+        assert_eq!(old.embed_scale, Some(8.0));
+        assert!(old.tied_embeddings);
+    }
+
+    #[test]
+    fn an_index_that_leaves_the_folder_is_refused() {
+        for name in [
+            "../other.safetensors",
+            "/etc/passwd",
+            "a/b.safetensors",
+            "..",
+            "",
+        ] {
+            let folder = tempfile::tempdir().expect("a folder");
+            let index = json!({"weight_map": {"x": name}}).to_string();
+            std::fs::write(folder.path().join("model.safetensors.index.json"), index)
+                .expect("a file");
+            let error = shard_names(folder.path()).expect_err(name).to_string();
+            assert!(error.contains("only files in the same folder"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_shard_is_named() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let index = json!({"weight_map": {"x": "model-00001-of-00001.safetensors"}}).to_string();
+        std::fs::write(folder.path().join("model.safetensors.index.json"), index).expect("a file");
+        let error = shard_names(folder.path()).expect_err("missing").to_string();
+        assert!(
+            error.contains("`model-00001-of-00001.safetensors`, which is missing"),
+            "{error}"
+        );
+        let empty = tempfile::tempdir().expect("a folder");
+        assert!(shard_names(empty.path()).is_err());
+    }
+
+    #[test]
+    fn stop_ids_may_be_one_or_many() {
+        assert_eq!(token_ids(Some(&json!(7))), Ok(vec![7]));
+        assert_eq!(token_ids(Some(&json!([1, 2]))), Ok(vec![1, 2]));
+        assert_eq!(token_ids(Some(&json!(null))), Ok(vec![]));
+        assert!(token_ids(Some(&json!(-1))).is_err());
+    }
 }

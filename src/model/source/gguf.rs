@@ -348,3 +348,253 @@ impl<R: Read> Walk<R> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Writes GGUF files, sound and unsound ones.
+    #[derive(Clone, Default)]
+    struct Craft(Vec<u8>);
+
+    impl Craft {
+        fn header(tensors: u64, keys: u64) -> Self {
+            Self(b"GGUF".to_vec()).u32(3).u64(tensors).u64(keys)
+        }
+
+        fn u32(mut self, value: u32) -> Self {
+            self.0.extend(value.to_le_bytes());
+            self
+        }
+
+        fn u64(mut self, value: u64) -> Self {
+            self.0.extend(value.to_le_bytes());
+            self
+        }
+
+        fn text(mut self, text: &str) -> Self {
+            self = self.u64(text.len() as u64);
+            self.0.extend(text.as_bytes());
+            self
+        }
+
+        fn tensor(mut self, name: &str, dims: &[u64], kind: u32, offset: u64) -> Self {
+            self = self.text(name).u32(dims.len() as u32);
+            for &dim in dims {
+                self = self.u64(dim);
+            }
+            self.u32(kind).u64(offset)
+        }
+
+        fn data(mut self, bytes: usize) -> Self {
+            let begin = self.0.len().next_multiple_of(32);
+            self.0.resize(begin + bytes, 0);
+            self
+        }
+
+        fn read(&self) -> Result<Header, String> {
+            Header::read(self.0.as_slice(), self.0.len() as u64)
+        }
+    }
+
+    fn check_refused(craft: Craft, expected: &str) {
+        let error = craft.read().expect_err(expected);
+        assert!(error.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn a_sound_file_is_read() {
+        let header = Craft::header(2, 2)
+            .text("general.name")
+            .u32(8)
+            .text("x")
+            .text("sizes")
+            .u32(9)
+            .u32(4)
+            .u64(2)
+            .u32(7)
+            .u32(8)
+            .tensor("a", &[2, 3], 0, 0)
+            .tensor("b", &[32], 8, 32)
+            .data(32 + 34)
+            .read()
+            .expect("a sound file");
+        assert_eq!(header.metadata["general.name"], Value::Text("x".into()));
+        let sizes = Value::Array(vec![Value::Unsigned(7), Value::Unsigned(8)]);
+        assert_eq!(header.metadata["sizes"], sizes);
+        assert_eq!(header.tensors[0].shape, [3, 2]);
+        assert_eq!(
+            (header.tensors[1].offset % 32, header.tensors[1].bytes),
+            (0, 34)
+        );
+    }
+
+    #[test]
+    fn a_string_longer_than_the_file_is_refused() {
+        check_refused(Craft::header(0, 1).u64(1 << 45), "string length");
+        check_refused(Craft::header(0, 1).u64(1000), "remain");
+    }
+
+    #[test]
+    fn an_array_of_absurd_length_is_refused() {
+        check_refused(
+            Craft::header(0, 1).text("k").u32(9).u32(4).u64(1 << 60),
+            "array items",
+        );
+        check_refused(
+            Craft::header(0, 1).text("k").u32(9).u32(8).u64(1 << 20),
+            "remain",
+        );
+    }
+
+    #[test]
+    fn an_alignment_that_is_no_power_of_two_is_refused() {
+        for alignment in [0, 3, 48, u32::MAX] {
+            let craft = Craft::header(1, 1)
+                .text("general.alignment")
+                .u32(4)
+                .u32(alignment);
+            check_refused(craft.tensor("a", &[1], 0, 0).data(4), "power of two");
+        }
+        let wrong_type = Craft::header(0, 1)
+            .text("general.alignment")
+            .u32(8)
+            .text("32");
+        check_refused(wrong_type, "power of two");
+    }
+
+    #[test]
+    fn four_thousand_million_dimensions_are_refused() {
+        check_refused(
+            Craft::header(1, 0).text("t").u32(4_000_000_000),
+            "dimensions",
+        );
+    }
+
+    #[test]
+    fn two_hundred_thousand_nested_arrays_are_refused() {
+        let mut craft = Craft::header(0, 1).text("k").u32(9);
+        for _ in 0..200_000 {
+            craft = craft.u32(9).u64(1);
+        }
+        check_refused(craft, "nested deeper");
+    }
+
+    #[test]
+    fn dimensions_whose_product_overflows_are_refused() {
+        check_refused(
+            Craft::header(1, 0)
+                .tensor("t", &[1 << 33, 1 << 33], 0, 0)
+                .data(64),
+            "overflows",
+        );
+        // The product fits, its size in bytes does not.
+        check_refused(
+            Craft::header(1, 0)
+                .tensor("t", &[1 << 31, 1 << 32], 0, 0)
+                .data(64),
+            "overflows",
+        );
+    }
+
+    #[test]
+    fn a_tensor_larger_than_the_file_is_refused() {
+        check_refused(
+            Craft::header(1, 0).tensor("t", &[1 << 44], 0, 0).data(4096),
+            "past the end",
+        );
+    }
+
+    #[test]
+    fn an_offset_past_the_end_is_refused() {
+        check_refused(
+            Craft::header(1, 0).tensor("t", &[1], 0, 1 << 20).data(64),
+            "past the end",
+        );
+        check_refused(
+            Craft::header(1, 0)
+                .tensor("t", &[1], 0, u64::MAX - 31)
+                .data(64),
+            "past the end",
+        );
+    }
+
+    #[test]
+    fn a_truncated_header_is_refused_wherever_it_ends() {
+        let whole = Craft::header(1, 1)
+            .text("k")
+            .u32(8)
+            .text("v")
+            .tensor("t", &[8], 0, 0)
+            .data(32);
+        assert!(whole.read().is_ok());
+        for length in 0..whole.0.len() {
+            let cut = Craft(whole.0[..length].to_vec());
+            assert!(cut.read().is_err(), "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn other_damage_is_named() {
+        check_refused(Craft(b"GGML".to_vec()).u32(3), "not a GGUF file");
+        check_refused(Craft(b"GGUF".to_vec()).u32(1), "version 1");
+        check_refused(Craft::header(u64::MAX, 0), "number of tensors");
+        check_refused(Craft::header(0, u64::MAX), "number of keys");
+        check_refused(Craft::header(0, 1).text("k").u32(77), "unknown value type");
+        check_refused(
+            Craft::header(1, 0).tensor("t", &[32], 9, 0).data(64),
+            "not supported",
+        );
+        check_refused(
+            Craft::header(1, 0).tensor("t", &[33], 8, 0).data(64),
+            "whole blocks",
+        );
+        check_refused(
+            Craft::header(1, 0).tensor("t", &[1], 0, 8).data(64),
+            "alignment",
+        );
+        check_refused(
+            Craft::header(1, 0).tensor("t", &[0], 0, 0).data(64),
+            "whole blocks",
+        );
+        let twice = Craft::header(2, 0)
+            .tensor("t", &[1], 0, 0)
+            .tensor("t", &[1], 0, 32);
+        check_refused(twice.data(64), "appears twice");
+        let overlap = Craft::header(2, 0)
+            .tensor("a", &[16], 0, 0)
+            .tensor("b", &[1], 0, 32);
+        check_refused(overlap.data(64), "overlap");
+        let key = Craft::header(0, 2)
+            .text("k")
+            .u32(4)
+            .u32(1)
+            .text("k")
+            .u32(4)
+            .u32(1);
+        check_refused(key, "appears twice");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_walk_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..300),
+            at in 0usize..100,
+        ) {
+            let mut craft = Craft::header(2, 1).text("k").u32(9).u32(4).u64(1).u32(1)
+                .tensor("a", &[4, 2], 0, 0).tensor("b", &[32], 8, 32).data(96);
+            for (index, byte) in bytes.iter().enumerate() {
+                if let Some(target) = craft.0.get_mut(4 + at + index) {
+                    *target = *byte;
+                }
+            }
+            if let Ok(header) = craft.read() {
+                for tensor in header.tensors {
+                    prop_assert!(tensor.offset + tensor.bytes <= craft.0.len() as u64);
+                }
+            }
+        }
+    }
+}

@@ -18,7 +18,7 @@ pub(super) fn open(path: &Path) -> Result<Parts> {
     let file = WeightFile::open(path)?;
     let fail = |message: String| Error::file(path.display(), message);
     let file_bytes = file.bytes;
-    let header = file.from_start(|file| Header::read(BufReader::new(file), file_bytes))?;
+    let header = file.rewound(|file| Header::read(BufReader::new(file), file_bytes))?;
     let metadata = Metadata(&header.metadata);
     let mut entries: BTreeMap<&str, &TensorEntry> = header
         .tensors
@@ -510,4 +510,153 @@ fn rope(
         }
     }
     Ok(rope)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn llama() -> BTreeMap<String, Value> {
+        let integers = [
+            ("block_count", 1),
+            ("context_length", 64),
+            ("embedding_length", 32),
+            ("feed_forward_length", 64),
+            ("attention.head_count", 4),
+            ("attention.head_count_kv", 2),
+        ];
+        let mut metadata: BTreeMap<String, Value> = integers
+            .into_iter()
+            .map(|(key, value)| (format!("llama.{key}"), Value::Unsigned(value)))
+            .collect();
+        metadata.insert("general.architecture".into(), Value::Text("llama".into()));
+        metadata.insert(
+            "llama.attention.layer_norm_rms_epsilon".into(),
+            Value::Float(1e-5),
+        );
+        metadata
+    }
+
+    fn parse(
+        metadata: &BTreeMap<String, Value>,
+        divisors: Option<&[f32]>,
+    ) -> Result<ModelConfig, String> {
+        let embedding = TensorEntry {
+            name: "token_embd.weight".into(),
+            stored_type: StoredType::F32,
+            shape: vec![100, 32],
+            offset: 0,
+            bytes: 0,
+        };
+        let tensors = BTreeMap::from([("token_embd.weight", &embedding)]);
+        let config = config(&Metadata(metadata), &tensors, divisors)?;
+        config.check().map(|()| config)
+    }
+
+    fn check_refused(key: &str, value: Value, expected: &str) {
+        let mut metadata = llama();
+        metadata.insert(key.into(), value);
+        let error = parse(&metadata, None).expect_err(expected);
+        assert!(error.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn keys_become_a_configuration() {
+        let config = parse(&llama(), None).expect("a configuration");
+        assert_eq!(
+            (config.head_dim, config.n_kv_heads, config.vocab_size),
+            (8, 2, 100)
+        );
+        assert!(config.tied_embeddings && !config.qkv_bias);
+        assert_eq!(config.rope.theta, 10_000.0);
+    }
+
+    #[test]
+    fn absurd_and_unknown_keys_are_refused_by_name() {
+        check_refused(
+            "general.architecture",
+            Value::Text("mamba".into()),
+            "`mamba`",
+        );
+        check_refused(
+            "llama.attention.head_count",
+            Value::Unsigned(0),
+            "head_count",
+        );
+        check_refused(
+            "llama.block_count",
+            Value::Unsigned(1_000_000_000),
+            "layers",
+        );
+        check_refused("llama.block_count", Value::Signed(-1), "llama.block_count");
+        check_refused(
+            "llama.rope.freq_base",
+            Value::Float(f64::NAN),
+            "rotary base",
+        );
+        check_refused("llama.expert_count", Value::Unsigned(8), "experts");
+        check_refused("llama.logit_scale", Value::Float(2.0), "llama.logit_scale");
+        check_refused(
+            "llama.rope.scaling.type",
+            Value::Text("yarn".into()),
+            "yarn",
+        );
+        check_refused(
+            "llama.rope.dimension_count",
+            Value::Unsigned(4),
+            "rope.dimension_count",
+        );
+        check_refused("llama.vocab_size", Value::Unsigned(99), "llama.vocab_size");
+        let differing = Value::Array(vec![Value::Unsigned(1), Value::Unsigned(2)]);
+        check_refused(
+            "llama.attention.head_count_kv",
+            differing,
+            "differs between layers",
+        );
+    }
+
+    #[test]
+    fn stored_divisors_slow_the_rotary_frequencies() {
+        let plain = parse(&llama(), None).expect("plain").rope;
+        let slowed = parse(&llama(), Some(&[1.0, 1.0, 2.0, 4.0]))
+            .expect("slowed")
+            .rope;
+        assert_eq!(plain.inv_freq[..2], slowed.inv_freq[..2]);
+        assert_eq!(plain.inv_freq[3], 4.0 * slowed.inv_freq[3]);
+        assert!(parse(&llama(), Some(&[1.0])).is_err());
+        assert!(parse(&llama(), Some(&[0.0; 4])).is_err());
+    }
+
+    #[test]
+    fn tensor_names_are_translated_and_strange_ones_are_not() {
+        let name = |name: &str, family| checkpoint_name(name, family);
+        let layer = |part: &str| Some(format!("model.layers.3.{part}"));
+        assert_eq!(
+            name("blk.3.attn_q.bias", Family::Qwen2),
+            layer("self_attn.q_proj.bias")
+        );
+        assert_eq!(
+            name("blk.3.ffn_norm.weight", Family::Llama),
+            layer("post_attention_layernorm.weight")
+        );
+        assert_eq!(
+            name("blk.3.ffn_norm.weight", Family::Gemma3),
+            layer("pre_feedforward_layernorm.weight")
+        );
+        for strange in [
+            "blk.03.attn_q.weight",
+            "blk.x.attn_q.weight",
+            "blk.3.attn_q.scale",
+            "v.blk.3",
+        ] {
+            assert_eq!(name(strange, Family::Llama), None, "{strange}");
+        }
+    }
+
+    #[test]
+    fn the_embedding_scale_is_rounded_as_the_checkpoint_is() {
+        let exact = 640f32.sqrt();
+        assert_eq!(gemma_embed_scale(640, StoredType::F32), exact);
+        assert_eq!(gemma_embed_scale(640, StoredType::Q4K), 25.25);
+    }
 }

@@ -141,7 +141,7 @@ impl<'a> Vocabulary<'a> {
     }
 }
 
-/// Control tokens become special; user-defined ones match whole, but are text.
+/// Control tokens become special; user-defined ones match whole, before merging, but are text.
 fn with_added_tokens(
     mut pipeline: Pipeline,
     vocabulary: &Vocabulary<'_>,
@@ -151,9 +151,14 @@ fn with_added_tokens(
             .of_kind(kind)
             .map(move |(_, token)| AddedToken::from(token, special).normalized(false))
     };
+    // A piece that holds spaces meets the text only after its spaces became U+2581.
+    let user_defined = added(Kind::UserDefined, false).map(|token| {
+        let spaced = token.content.contains('\u{2581}');
+        token.normalized(spaced)
+    });
     let tokens: Vec<AddedToken> = added(Kind::Control, true)
         .chain(added(Kind::Unknown, true))
-        .chain(added(Kind::UserDefined, false))
+        .chain(user_defined)
         .filter(|token| !token.content.is_empty())
         .collect();
     guarded(|| pipeline.add_tokens(tokens))?;
@@ -322,12 +327,7 @@ fn scores(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Vec<f6
 const MAX_MERGED_BYTES: usize = 1 << 10;
 
 fn merges_from_scores(vocabulary: &Vocabulary<'_>, scores: &[f64]) -> Merges {
-    let mergeable = |id: u32| {
-        matches!(
-            vocabulary.kinds[id as usize],
-            Kind::Normal | Kind::UserDefined
-        )
-    };
+    let mergeable = |id: u32| vocabulary.kinds[id as usize] == Kind::Normal;
     let part = |text: &str| {
         vocabulary
             .ids
@@ -360,4 +360,118 @@ fn merges_from_scores(vocabulary: &Vocabulary<'_>, scores: &[f64]) -> Merges {
         .into_iter()
         .map(|(_, left, right, ..)| (left.to_owned(), right.to_owned()))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::super::gguf::Value;
+    use super::*;
+    use crate::model::SpecialText;
+
+    /// A SentencePiece vocabulary: four controls, the bytes of "é", and a few pieces.
+    fn pieces() -> BTreeMap<String, Value> {
+        let tokens = [
+            ("<unk>", 2, 0.0),
+            ("<s>", 3, 0.0),
+            ("</s>", 3, 0.0),
+            ("<0xC3>", 6, 0.0),
+            ("<0xA9>", 6, 0.0),
+            ("\u{2581}", 1, -9.0),
+            ("a", 1, -8.0),
+            ("b", 1, -8.0),
+            ("ab", 1, -2.0),
+            ("ba", 1, -1.0),
+            ("\u{2581}ab", 1, -3.0),
+            ("\n\n", 4, 0.0),
+        ];
+        let list = |values: Vec<Value>| Value::Array(values);
+        BTreeMap::from([
+            ("tokenizer.ggml.model".into(), Value::Text("llama".into())),
+            (
+                "tokenizer.ggml.tokens".into(),
+                list(tokens.iter().map(|t| Value::Text(t.0.into())).collect()),
+            ),
+            (
+                "tokenizer.ggml.token_type".into(),
+                list(tokens.iter().map(|t| Value::Signed(t.1)).collect()),
+            ),
+            (
+                "tokenizer.ggml.scores".into(),
+                list(tokens.iter().map(|t| Value::Float(t.2)).collect()),
+            ),
+            ("tokenizer.ggml.bos_token_id".into(), Value::Unsigned(1)),
+            ("tokenizer.ggml.eos_token_id".into(), Value::Unsigned(2)),
+            ("tokenizer.ggml.add_space_prefix".into(), Value::Bool(false)),
+        ])
+    }
+
+    fn check_refused(key: &str, value: Value, expected: &str) {
+        let mut metadata = pieces();
+        metadata.insert(key.into(), value);
+        let error = build(&Metadata(&metadata)).expect_err(expected);
+        assert!(error.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn the_best_scored_pair_merges_first() {
+        let tokenizer = build(&Metadata(&pieces())).expect("a tokenizer");
+        let ids = |text: &str| tokenizer.encode(text, SpecialText::AsText).expect("tokens");
+        // "ba" scores above "ab", though it begins later.
+        assert_eq!(ids("aba"), [6, 9]);
+        assert_eq!(ids(" ab"), [10]);
+        assert_eq!(ids("a\n\na"), [6, 11, 6]);
+        assert_eq!(ids("\u{e9}"), [3, 4]);
+        assert_eq!(ids("</s>").first(), Some(&0));
+        assert_eq!(
+            tokenizer.encode("a</s>", SpecialText::AsTokens),
+            Ok(vec![6, 2])
+        );
+        assert!(tokenizer.add_bos());
+        assert_eq!(tokenizer.stop_ids(), [2]);
+        assert_eq!(tokenizer.token_bytes(3), [0xc3]);
+    }
+
+    #[test]
+    fn a_space_prefix_is_added_unless_the_file_says_no() {
+        let mut metadata = pieces();
+        metadata.remove("tokenizer.ggml.add_space_prefix");
+        let tokenizer = build(&Metadata(&metadata)).expect("a tokenizer");
+        assert_eq!(tokenizer.encode("ab", SpecialText::AsText), Ok(vec![10]));
+    }
+
+    #[test]
+    fn unsound_token_lists_are_refused_by_name() {
+        check_refused("tokenizer.ggml.model", Value::Text("t5".into()), "`t5`");
+        check_refused(
+            "tokenizer.ggml.scores",
+            Value::Array(vec![]),
+            "0 scores for 12 tokens",
+        );
+        check_refused(
+            "tokenizer.ggml.token_type",
+            Value::Array(vec![]),
+            "0 token types",
+        );
+        check_refused(
+            "tokenizer.ggml.eos_token_id",
+            Value::Unsigned(12),
+            "eos_token_id",
+        );
+        let twice = Value::Array(vec![Value::Text("a".into()); 12]);
+        check_refused("tokenizer.ggml.tokens", twice, "the same text");
+        let mut metadata = pieces();
+        metadata.insert("tokenizer.ggml.model".into(), Value::Text("gpt2".into()));
+        let error = build(&Metadata(&metadata)).expect_err("no rule");
+        assert!(error.contains("tokenizer.ggml.pre"), "{error}");
+        metadata.insert("tokenizer.ggml.pre".into(), Value::Text("tekken".into()));
+        let error = build(&Metadata(&metadata)).expect_err("an unknown rule");
+        assert!(error.contains("`tekken`"), "{error}");
+        metadata.insert("tokenizer.ggml.pre".into(), Value::Text("smollm".into()));
+        let merges = Value::Array(vec![Value::Text("a zz".into())]);
+        metadata.insert("tokenizer.ggml.merges".into(), merges);
+        let error = build(&Metadata(&metadata)).expect_err("a bad merge");
+        assert!(error.contains("merge 0"), "{error}");
+    }
 }

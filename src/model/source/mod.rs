@@ -9,6 +9,8 @@ mod folder;
 mod gguf;
 mod gguf_model;
 mod gguf_tokenizer;
+#[cfg(test)]
+mod golden;
 mod safetensors;
 mod stored_type;
 
@@ -305,11 +307,12 @@ struct WeightFile {
 impl WeightFile {
     fn open(path: &Path) -> Result<Self> {
         let fail = |error| Error::file(path.display(), error);
-        let file = File::open(path).map_err(fail)?;
-        let metadata = file.metadata().map_err(fail)?;
-        if !metadata.is_file() {
+        // Before opening: a pipe would wait for a writer.
+        if !std::fs::metadata(path).map_err(fail)?.is_file() {
             return Err(Error::file(path.display(), "not a regular file"));
         }
+        let file = File::open(path).map_err(fail)?;
+        let metadata = file.metadata().map_err(fail)?;
         Ok(Self {
             path: path.to_path_buf(),
             file: Mutex::new(file),
@@ -319,7 +322,7 @@ impl WeightFile {
     }
 
     /// Runs `read` over the file from its start.
-    fn from_start<T>(&self, read: impl FnOnce(&mut File) -> Result<T, String>) -> Result<T> {
+    fn rewound<T>(&self, read: impl FnOnce(&mut File) -> Result<T, String>) -> Result<T> {
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         file.seek(SeekFrom::Start(0))
             .map_err(|error| error.to_string())
@@ -354,7 +357,7 @@ impl WeightFile {
 fn weights_id(files: &[WeightFile]) -> Result<String> {
     let mut hasher = Sha256::new();
     for weights in files {
-        weights.from_start(|file| {
+        weights.rewound(|file| {
             let mut buffer = vec![0; 1 << 20];
             loop {
                 match file.read(&mut buffer).map_err(|error| error.to_string())? {
@@ -390,4 +393,66 @@ fn read_capped(path: &Path, most: u64) -> Result<Vec<u8>> {
         ));
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interleaved_rotary_rows_become_halves() {
+        // Two heads of four rows with one column; rows are numbered as they are stored.
+        let stored = [0., 1., 2., 3., 10., 11., 12., 13.];
+        let split = split_rotary_pairs(&stored, 4, 1);
+        assert_eq!(split, [0., 2., 1., 3., 10., 12., 11., 13.]);
+        let mut values = stored.to_vec();
+        let heads = Adjustment::SplitRotaryPairs { heads: 3 };
+        assert!(heads.apply(&mut values, &[8, 1]).is_err());
+    }
+
+    #[test]
+    fn a_file_that_changes_while_it_is_read_is_an_error() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("weights");
+        std::fs::write(&path, [1u8; 64]).expect("a file");
+        let file = WeightFile::open(&path).expect("a file");
+        let entry = TensorEntry {
+            name: "w".into(),
+            stored_type: StoredType::F32,
+            shape: vec![8],
+            offset: 0,
+            bytes: 32,
+        };
+        assert_eq!(file.read(&entry).expect("bytes").as_slice(), [1u8; 32]);
+        std::fs::write(&path, [1u8; 48]).expect("a shorter file");
+        let error = file.read(&entry).err().expect("changed").to_string();
+        assert!(error.contains("changed while"), "{error}");
+        std::fs::write(&path, [1u8; 8]).expect("a much shorter file");
+        assert!(file.read(&entry).is_err());
+    }
+
+    #[test]
+    fn what_is_no_model_is_refused_with_its_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let text = folder.path().join("notes.txt");
+        std::fs::write(&text, "hello").expect("a file");
+        for path in [
+            folder.path().join("nothing"),
+            text,
+            folder.path().to_path_buf(),
+        ] {
+            match Source::open(&path) {
+                Err(Error::File { file, .. }) => {
+                    assert!(file.contains(&*folder.path().to_string_lossy()))
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_source_can_be_read_by_several_threads() {
+        fn check<T: Send + Sync>() {}
+        check::<Source>();
+    }
 }

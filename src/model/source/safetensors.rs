@@ -30,7 +30,7 @@ pub(crate) fn read_header(
         .read_exact(&mut length)
         .map_err(|_| "too short to be a safetensors file")?;
     let header_bytes = u64::from_le_bytes(length);
-    if header_bytes > MAX_HEADER_BYTES || header_bytes > file_bytes - LENGTH_BYTES {
+    if header_bytes > MAX_HEADER_BYTES || header_bytes > file_bytes.saturating_sub(LENGTH_BYTES) {
         return Err(format!(
             "its header claims {header_bytes} bytes, in a file of {file_bytes} bytes"
         ));
@@ -109,5 +109,67 @@ impl<'de> Visitor<'de> for Entries {
             }
         }
         Ok(tensors)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(header: &str, data: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.resize(bytes.len() + data, 0);
+        bytes
+    }
+
+    fn read(bytes: &[u8]) -> Result<Vec<TensorEntry>, String> {
+        read_header(bytes, bytes.len() as u64)
+    }
+
+    fn check_refused(header: &str, data: usize, expected: &str) {
+        let error = read(&file(header, data)).expect_err(expected);
+        assert!(error.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn a_sound_file_is_read() {
+        let header = r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"BF16","shape":[2],"data_offsets":[8,12]},"a":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}"#;
+        let entries = read(&file(header, 12)).expect("a sound file");
+        assert_eq!(entries[0].name, "a");
+        assert_eq!(entries[0].shape, [1, 2]);
+        assert_eq!(entries[1].stored_type, StoredType::Bf16);
+        assert_eq!(entries[1].offset, 8 + header.len() as u64 + 8);
+    }
+
+    #[test]
+    fn a_header_longer_than_the_file_is_refused() {
+        for claimed in [1u64 << 63, u64::MAX, 1 << 20, 9] {
+            let mut bytes = claimed.to_le_bytes().to_vec();
+            bytes.extend(b"{}      ");
+            assert!(
+                read(&bytes).expect_err("refused").contains("claims"),
+                "{claimed}"
+            );
+        }
+        assert!(read(b"short").is_err());
+    }
+
+    #[test]
+    fn damage_is_named() {
+        check_refused("[]", 0, "expected an object");
+        check_refused("{", 0, "EOF");
+        let a = r#""a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#;
+        check_refused(&format!("{{{a},{a}}}"), 4, "appears twice");
+        check_refused(&format!("{{{a}}}"), 8, "truncated or damaged");
+        check_refused(&format!("{{{a}}}"), 2, "truncated or damaged");
+        let overlap = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#;
+        check_refused(overlap, 8, "offset");
+        let shape = r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#;
+        check_refused(shape, 8, "invalid shape");
+        let huge = r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,8]}}"#;
+        check_refused(huge, 8, "overflow");
+        let kind = r#"{"a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}"#;
+        check_refused(kind, 8, "not supported");
     }
 }

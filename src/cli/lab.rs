@@ -1,0 +1,154 @@
+//! `inwit lab`: fits the artefacts that act, refusal heads and steering vectors.
+
+use std::path::PathBuf;
+
+use clap::Subcommand;
+use inwit_probes::Site;
+
+use super::Exit;
+use super::open::{ModelArgs, ticking};
+use super::probe::command_line;
+use super::progress::Progress;
+use super::terminal::note;
+use crate::error::Result;
+use crate::lab::fit::unfit;
+use crate::lab::make_head::{self, HeadData};
+use crate::lab::refusal_head::Options;
+use crate::lab::vector;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Fit a low-rank refusal head on refusals written after harmful prompts
+    RefusalHead(Box<HeadArgs>),
+    /// Write the difference of the mean states of harmful and benign prompts as a steering vector
+    Vector(Box<VectorArgs>),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct HeadArgs {
+    /// Harmful prompts
+    #[arg(long, value_name = "FILE")]
+    harmful: PathBuf,
+    /// Refusals: rows with `text`; those of the prompt's `category` are preferred
+    #[arg(long, value_name = "FILE")]
+    refusals: PathBuf,
+    /// Harmless prompts with an `answer`, on which the head should change nothing
+    #[arg(long, value_name = "FILE")]
+    benign: Option<PathBuf>,
+    /// Rank of the change to the head
+    #[arg(long, default_value_t = 16)]
+    rank: usize,
+    #[arg(long, default_value_t = 4)]
+    epochs: usize,
+    #[arg(long, default_value_t = 0.005)]
+    learning_rate: f32,
+    /// What a harmless token weighs against one of a refusal
+    #[arg(long, default_value_t = 1.0)]
+    benign_weight: f32,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// The head's name in policies [default: the name of the output file]
+    #[arg(long)]
+    name: Option<String>,
+    /// Where to write the head
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct VectorArgs {
+    /// Harmful prompts
+    #[arg(long, value_name = "FILE")]
+    harmful: PathBuf,
+    /// Benign prompts
+    #[arg(long, value_name = "FILE")]
+    benign: PathBuf,
+    /// Where to read, e.g. blocks.16.hook_resid_post
+    #[arg(long, value_name = "SITE")]
+    site: Site,
+    /// The vector's name in policies and requests [default: the name of the output file]
+    #[arg(long)]
+    name: Option<String>,
+    /// Where to write the vector
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+pub(super) async fn run(command: Command) -> Result<Exit> {
+    match command {
+        Command::RefusalHead(args) => refusal_head(*args).await,
+        Command::Vector(args) => steering_vector(*args).await,
+    }
+}
+
+async fn refusal_head(args: HeadArgs) -> Result<Exit> {
+    let bench = args.model.bench(Some("off"), Some("off")).await?;
+    let head = args.model.output_head().await?;
+    let data = HeadData {
+        name: artefact_name(args.name, &args.out),
+        harmful: args.harmful,
+        refusals: args.refusals,
+        benign: args.benign,
+        command: command_line(),
+    };
+    let options = Options {
+        rank: args.rank,
+        epochs: args.epochs,
+        learning_rate: args.learning_rate,
+        benign_weight: args.benign_weight,
+        seed: args.seed,
+    };
+    let mut progress = Progress::new("prompts");
+    let mut tick = ticking(&mut progress);
+    let made = make_head::make(&bench, &head, &data, &options, &mut tick).await?;
+    drop(tick);
+    drop(progress);
+    made.head.save(&args.out).map_err(unfit)?;
+    note(&format!(
+        "held-out refusals: {:.3} nats a token and {:.1} % right before, {:.3} and {:.1} % after",
+        made.before.loss,
+        made.before.accuracy * 100.0,
+        made.after.loss,
+        made.after.accuracy * 100.0,
+    ));
+    Ok(Exit::Done)
+}
+
+async fn steering_vector(args: VectorArgs) -> Result<Exit> {
+    let bench = args.model.bench(Some("off"), Some("off")).await?;
+    let name = artefact_name(args.name, &args.out);
+    let mut progress = Progress::new("prompts");
+    let mut tick = ticking(&mut progress);
+    let made = vector::make(
+        &bench,
+        &name,
+        [&args.harmful, &args.benign],
+        args.site,
+        &command_line(),
+        &mut tick,
+    )
+    .await?;
+    drop(tick);
+    drop(progress);
+    made.save(&args.out).map_err(unfit)?;
+    let norms = made.manifest().norms;
+    let length = made.vector().iter().map(|v| v * v).sum::<f32>().sqrt();
+    note(&format!(
+        "a vector of length {length:.3}; states there are {:.3} ± {:.3} long",
+        norms.mean, norms.std
+    ));
+    Ok(Exit::Done)
+}
+
+fn artefact_name(given: Option<String>, out: &std::path::Path) -> String {
+    given.unwrap_or_else(|| {
+        out.file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    })
+}

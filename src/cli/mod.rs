@@ -1,0 +1,238 @@
+//! The commands of `inwit`: one file each, arguments in, library calls out.
+//! Knows the terminal and exit codes; the work is done elsewhere.
+
+mod capture;
+mod chat;
+mod demo;
+mod generate;
+mod lab;
+mod open;
+mod probe;
+mod progress;
+mod pull;
+mod score;
+mod serve;
+pub mod server;
+mod terminal;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+pub use open::{Callers, Opened, open};
+
+/// An inference server that watches its own activations while it generates, and acts on what it sees.
+#[derive(Debug, Parser)]
+#[command(name = "inwit", version, after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done; the chat was answered
+  1    failed; the demo did not go as it should
+  2    wrong arguments, settings or files
+  3    the chat was refused by the policy
+  4    no connection, or the server is not available
+  5    the server answered with another error
+  130  interrupted";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve a model over gRPC, every forward pass watched
+    Serve(serve::Args),
+    /// Ask a running server and print the answer as it comes
+    Chat(chat::Args),
+    /// Answer a file of prompts offline
+    Generate(generate::Args),
+    /// Score a file of prompts, with their answers where given, without generating
+    Score(score::Args),
+    /// Write hidden states of a file of prompts to a tensor file
+    Capture(capture::Args),
+    /// Fit a probe, or show one
+    #[command(subcommand)]
+    Probe(probe::Command),
+    /// Fit refusal heads and steering vectors
+    #[command(subcommand)]
+    Lab(lab::Command),
+    /// Fetch a known model
+    Pull(pull::Args),
+    /// Fetch the default model and watch it answer, steer and refuse
+    Demo(demo::Args),
+}
+
+impl Cli {
+    /// What `serve` would run with; `None` for other commands and for settings that are wrong.
+    pub fn settings(&self) -> Option<Config> {
+        match &self.command {
+            Command::Serve(args) => args.settings().ok(),
+            _ => None,
+        }
+    }
+}
+
+/// How a command ended that did not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Done,
+    Failed,
+    Refused,
+    OtherStatus,
+}
+
+impl Exit {
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Failed => 1,
+            Self::Refused => 3,
+            Self::OtherStatus => 5,
+        }
+    }
+}
+
+/// The exit code of a command that failed, by who must act.
+pub fn exit_code(error: &Error) -> u8 {
+    match error {
+        Error::InvalidRequest { .. }
+        | Error::ContextLength { .. }
+        | Error::NotFound { .. }
+        | Error::Unsupported { .. }
+        | Error::Config(_)
+        | Error::File { .. } => 2,
+        Error::AbortedByPolicy => 3,
+        Error::Unavailable(_) | Error::Overloaded { .. } => 4,
+        Error::Cancelled => 130,
+        Error::AlreadyExists(_)
+        | Error::DeadlineExceeded { .. }
+        | Error::MonitorFailed { .. }
+        | Error::FailedPrecondition { .. }
+        | Error::Internal(_) => 1,
+    }
+}
+
+/// Runs the command to its end.
+pub fn run(cli: Cli) -> Result<Exit> {
+    match cli.command {
+        Command::Serve(args) => serve::run(&args),
+        Command::Chat(args) => wait(chat::run(args)),
+        Command::Generate(args) => wait(generate::run(args)),
+        Command::Score(args) => wait(score::run(args)),
+        Command::Capture(args) => wait(capture::run(args)),
+        Command::Probe(command) => probe::run(command),
+        Command::Lab(command) => wait(lab::run(command)),
+        Command::Pull(args) => pull::run(&args),
+        Command::Demo(args) => wait(demo::run(args)),
+    }
+}
+
+/// What is logged unless INWIT_LOG says otherwise: commands whose output is for people log less.
+pub fn log_filter(cli: &Cli) -> &'static str {
+    match cli.command {
+        Command::Serve(_) => "info",
+        Command::Generate(_) | Command::Score(_) | Command::Capture(_) | Command::Lab(_) => "info",
+        _ => "warn",
+    }
+}
+
+/// Runs a command until it ends or Ctrl-C is pressed; what it holds is dropped either way, so
+/// requests are cancelled and half-written files go.
+fn wait(command: impl Future<Output = Result<Exit>>) -> Result<Exit> {
+    runtime()?.block_on(async {
+        tokio::select! {
+            ended = command => ended,
+            _ = tokio::signal::ctrl_c() => Err(Error::Cancelled),
+        }
+    })
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Error::internal(format!("cannot start threads: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn check_parses(line: &str) {
+        let parsed = Cli::try_parse_from(line.split_whitespace());
+        assert!(parsed.is_ok(), "{line}: {}", parsed.expect_err("an error"));
+    }
+
+    fn check_refused(line: &str, expected: &str) {
+        let error = Cli::try_parse_from(line.split_whitespace()).expect_err(line);
+        assert_eq!(error.exit_code(), 2, "{line}");
+        assert!(error.to_string().contains(expected), "{line}: {error}");
+    }
+
+    #[test]
+    fn the_arguments_are_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_commands_of_the_manual_parse() {
+        check_parses("inwit serve --model m.gguf --listen 127.0.0.1:0 --mode enforce");
+        check_parses("inwit serve --print-config");
+        check_parses("inwit chat hello --temperature 0.5 --seed 1 --scores --mode shadow");
+        check_parses("inwit chat hello --steer vector=refusal,strength=4");
+        check_parses("inwit generate --data a.jsonl --out b.jsonl --mode off --max-tokens 9");
+        check_parses("inwit score --data a.jsonl --out b.jsonl --per-token");
+        check_parses(
+            "inwit capture --data a.jsonl --site blocks.16.hook_resid_post --site hook_embed \
+             --positions last --out a.safetensors",
+        );
+        check_parses(
+            "inwit probe fit --data a.jsonl --site blocks.16.hook_resid_post \
+             --positions generated:3 --gather last --name compliance --out p.safetensors",
+        );
+        check_parses("inwit probe show p.safetensors");
+        check_parses(
+            "inwit lab refusal-head --harmful a.jsonl --refusals b.jsonl --rank 8 --out h.safetensors",
+        );
+        check_parses(
+            "inwit lab vector --harmful a.jsonl --benign b.jsonl \
+             --site blocks.16.hook_resid_post --out v.safetensors",
+        );
+        check_parses("inwit demo");
+    }
+
+    #[test]
+    fn wrong_arguments_are_refused_with_what_helps() {
+        check_refused("inwit generate --data a.jsonl", "--out");
+        check_refused(
+            "inwit capture --data a --out b --site layers.7 --positions last",
+            "layers.7",
+        );
+        check_refused("inwit capture --data a --out b --positions last", "--site");
+        check_refused("inwit chat hello --steer strength=4", "vector=");
+        check_refused("inwit chat hello --steer vector=a,power=4", "power");
+        check_refused(
+            "inwit chat hello --steer vector=a,strength=much",
+            "strength",
+        );
+        check_refused("inwit chat hello --mode loud", "loud");
+        check_refused(
+            "inwit probe fit --data a --site hook_embed --name p --out o --positions generated:0",
+            "generated:3",
+        );
+        check_refused("inwit fly", "fly");
+    }
+
+    #[test]
+    fn an_exit_code_says_who_must_act() {
+        assert_eq!(exit_code(&Error::Config("no".into())), 2);
+        assert_eq!(exit_code(&Error::AbortedByPolicy), 3);
+        assert_eq!(exit_code(&Error::Unavailable("gone".into())), 4);
+        assert_eq!(exit_code(&Error::Cancelled), 130);
+        assert_eq!(exit_code(&Error::internal("broken")), 1);
+        assert_eq!([Exit::Done, Exit::Refused].map(Exit::code), [0, 3]);
+    }
+}

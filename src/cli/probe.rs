@@ -1,0 +1,294 @@
+//! `inwit probe`: fits a probe, or shows what one says about itself.
+
+use std::path::PathBuf;
+
+use clap::{Subcommand, ValueEnum};
+use comfy_table::{Table, presets};
+use inwit_probes::{Gather, Kind, Manifest, Positions, Probe, Site};
+
+use super::open::{ModelArgs, ticking};
+use super::progress::Progress;
+use super::terminal::{note, print};
+use super::{Exit, wait};
+use crate::error::{Error, Result};
+use crate::lab::fit::{Options, fit, unfit};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Fit a probe on labelled prompts, calibrate it on held-out ones, and write it down
+    Fit(Box<FitArgs>),
+    /// Print what a probe file says about itself
+    Show {
+        /// A probe's .safetensors file
+        file: PathBuf,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct FitArgs {
+    /// JSON lines with `label`: harmful or benign, or complied or refused; rows with the same
+    /// `group` are never torn apart
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Where to read, e.g. blocks.16.hook_resid_post; several are read together
+    #[arg(long = "site", value_name = "SITE", required = true)]
+    sites: Vec<Site>,
+    /// last, prompt_content, generated:K or every_generated; the last two need `answer` in the data
+    #[arg(long, value_parser = positions, default_value = "last")]
+    positions: Positions,
+    /// How token logits become the request's: last, max, mean, ema{0.2}, attention; may be given
+    /// several times, each is calibrated and the first shapes the fit [default: last, or attention]
+    #[arg(long = "gather", value_name = "GATHER")]
+    gathers: Vec<Gather>,
+    /// What to fit
+    #[arg(long, value_enum, default_value = "logistic")]
+    kind: KindArg,
+    /// Strength of the L2 penalty; given several times, cross-validation chooses
+    #[arg(long = "alpha", value_name = "ALPHA")]
+    alphas: Vec<f64>,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Benign rows that set the thresholds, instead of the held-out ones
+    #[arg(long, value_name = "FILE")]
+    calibration_data: Option<PathBuf>,
+    /// Labelled rows whose tokens the file may carry as canaries, instead of held-out ones
+    #[arg(long, value_name = "FILE")]
+    canary_data: Option<PathBuf>,
+    /// The probe's name in policies
+    #[arg(long)]
+    name: String,
+    /// Where to write the probe
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum KindArg {
+    Logistic,
+    #[value(name = "difference_of_means")]
+    DifferenceOfMeans,
+    /// A value and a key, gathered by attention over the tokens
+    Attention,
+}
+
+pub(super) fn run(command: Command) -> Result<Exit> {
+    match command {
+        Command::Fit(args) => wait(run_fit(*args)),
+        Command::Show { file } => show(&file),
+    }
+}
+
+async fn run_fit(args: FitArgs) -> Result<Exit> {
+    let kind = match args.kind {
+        KindArg::Logistic => Kind::Logistic,
+        KindArg::DifferenceOfMeans => Kind::DifferenceOfMeans,
+        KindArg::Attention => Kind::Attention,
+    };
+    let gathers = match (args.gathers.is_empty(), kind) {
+        (false, _) => args.gathers,
+        (true, Kind::Attention) => vec![Gather::Attention],
+        (true, _) => vec![Gather::Last],
+    };
+    let bench = args.model.bench(Some("off"), Some("off")).await?;
+    let options = Options {
+        name: args.name,
+        train: args.data,
+        calibration: args.calibration_data,
+        canaries: args.canary_data,
+        sites: args.sites,
+        positions: args.positions,
+        gathers,
+        kind,
+        alphas: args.alphas,
+        seed: args.seed,
+        command: command_line(),
+    };
+    let mut progress = Progress::new("prompts");
+    let mut tick = ticking(&mut progress);
+    let fitted = fit(&bench, &options, &mut tick).await?;
+    drop(tick);
+    drop(progress);
+    fitted.probe.save(&args.out).map_err(unfit)?;
+    print(&described(fitted.probe.manifest()))?;
+    for remark in &fitted.remarks {
+        note(remark);
+    }
+    Ok(Exit::Done)
+}
+
+fn show(file: &std::path::Path) -> Result<Exit> {
+    let probe = Probe::load(file).map_err(|error| match error {
+        inwit_probes::Error::InFile { file, source } => Error::file(file, source),
+        error => Error::file(file.display(), error),
+    })?;
+    print(&described(probe.manifest()))?;
+    print(&format!("content hash  {}\n", probe.content_hash()))?;
+    Ok(Exit::Done)
+}
+
+/// The command line as the record keeps it: how the artefact can be made again.
+pub(super) fn command_line() -> String {
+    let file_name = |arg: String| match arg.contains('/') && !arg.starts_with("--") {
+        // Folders differ between machines, and tell about them.
+        true => arg.rsplit('/').next().unwrap_or_default().to_owned(),
+        false => arg,
+    };
+    let args = std::env::args().skip(1).map(file_name);
+    std::iter::once("inwit".to_owned())
+        .chain(args)
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// `generated:3` as well as the manifest's own `generated{3}`.
+fn positions(text: &str) -> std::result::Result<Positions, String> {
+    let manifest_text = match text.split_once(':') {
+        Some(("generated", k)) => format!("generated{{{k}}}"),
+        _ if text == "last" => "last_prompt_token".into(),
+        _ => text.into(),
+    };
+    manifest_text.parse().map_err(|_| {
+        "expected last, prompt_content, generated:3 (counted from 1) or every_generated".to_owned()
+    })
+}
+
+/// The manifest as tables.
+fn described(manifest: &Manifest) -> String {
+    let mut facts = table(&["probe", &manifest.name]);
+    let mut fact = |name: &str, value: String| {
+        facts.add_row([name, &value]);
+    };
+    let listed = |items: Vec<String>| items.join(", ");
+    fact("kind", format!("{:?}", manifest.kind).to_lowercase());
+    fact(
+        "sites",
+        listed(
+            manifest
+                .heads
+                .iter()
+                .map(|head| head.site.to_string())
+                .collect(),
+        ),
+    );
+    fact("reads", manifest.positions.to_string());
+    fact(
+        "gathers",
+        listed(manifest.gathers.iter().map(Gather::to_string).collect()),
+    );
+    fact(
+        "model",
+        format!("{} ({})", manifest.model.name, manifest.model.weight_format),
+    );
+    fact("architecture id", manifest.model.architecture_id.clone());
+    fact("weights id", manifest.model.weights_id.clone());
+    fact("canaries", manifest.canaries.len().to_string());
+    for data in &manifest.record.data {
+        fact(
+            "data",
+            format!("{}, {} rows, sha256 {}", data.name, data.rows, data.sha256),
+        );
+    }
+    fact("seed", manifest.record.seed.to_string());
+    fact("command", manifest.record.command.clone());
+    if !manifest.record.note.is_empty() {
+        fact("note", manifest.record.note.clone());
+    }
+
+    let mut metrics = table(&["measure", "value", "95 % interval"]);
+    for (name, metric) in &manifest.record.metrics {
+        let interval = metric
+            .interval
+            .map(|[low, high]| format!("{low:.4} to {high:.4}"));
+        metrics.add_row([
+            name,
+            &format!("{:.4}", metric.value),
+            &interval.unwrap_or_default(),
+        ]);
+    }
+
+    let mut thresholds = table(&[
+        "gather",
+        "false positives",
+        "answer",
+        "threshold",
+        "95 % interval",
+        "rows",
+    ]);
+    for calibration in &manifest.calibrations {
+        for point in &calibration.thresholds {
+            let answer = point.answer_tokens.map(|tokens| format!("{tokens} tokens"));
+            thresholds.add_row([
+                calibration.gather.to_string(),
+                format!("{:.1} %", point.fpr * 100.0),
+                answer.unwrap_or_default(),
+                format!("{:.3}", point.threshold_logit),
+                format!(
+                    "{:.2} to {:.2} %",
+                    point.interval[0] * 100.0,
+                    point.interval[1] * 100.0
+                ),
+                point.n.to_string(),
+            ]);
+        }
+    }
+    format!("{facts}\n\n{metrics}\n\n{thresholds}\n")
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header);
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use inwit_probes::manifest::{Metric, ModelIdentity};
+
+    use super::*;
+
+    #[test]
+    fn positions_are_read_in_both_spellings() {
+        assert_eq!(positions("last"), Ok(Positions::LastPromptToken));
+        assert_eq!(positions("generated:3"), Ok(Positions::Generated(3)));
+        assert_eq!(positions("generated{3}"), Ok(Positions::Generated(3)));
+        assert!(positions("generated:0").is_err());
+        assert!(positions("somewhere").is_err());
+    }
+
+    #[test]
+    fn a_description_names_what_counts() {
+        let identity = ModelIdentity {
+            name: "tiny".into(),
+            architecture_id: "a1".into(),
+            weights_id: "w1".into(),
+            weight_format: "f32".into(),
+        };
+        let mut manifest = Manifest::new(
+            "prompt_harm",
+            Kind::Logistic,
+            4,
+            Positions::PromptContent,
+            identity,
+        );
+        let metric = Metric {
+            value: 0.97,
+            interval: Some([0.95, 0.99]),
+        };
+        manifest
+            .record
+            .metrics
+            .insert("held_out_auroc_mean".into(), metric);
+        let text = described(&manifest);
+        for part in [
+            "prompt_harm",
+            "prompt_content",
+            "0.9700",
+            "0.9500 to 0.9900",
+            "a1",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+}

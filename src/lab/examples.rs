@@ -1,0 +1,354 @@
+//! Labelled rows with the hidden states that a probe would read of them.
+//! Knows which positions a probe reads; knows no fitting.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use inwit_probes::manifest::{Positions, SystemPromptRule, TrainedOn};
+use inwit_probes::{Site, manifest::DataRecord};
+use sha2::{Digest, Sha256};
+
+use super::bench::{Bench, Tick};
+use super::rows::{self, Row, at};
+use super::seeded::Seeded;
+use super::states::{RowStates, visit};
+use crate::engine::request::{PositionSelection, PromptForm, Request, Work};
+use crate::error::{Error, Result};
+
+/// A row as a probe sees it.
+#[derive(Clone, Debug)]
+pub struct Example {
+    /// Harmful, or complied.
+    pub positive: bool,
+    pub group: String,
+    /// At the positions that the probe reads.
+    pub states: RowStates,
+    /// Prompt and answer.
+    pub tokens: Vec<u32>,
+}
+
+/// The rows of a labelled file, and what they have in common.
+#[derive(Clone, Debug)]
+pub struct Labelled {
+    pub file: String,
+    pub rows: Vec<Row>,
+    /// One per row: harmful, or complied.
+    pub positives: Vec<bool>,
+    pub record: DataRecord,
+}
+
+impl Labelled {
+    /// Reads a file whose rows are labelled `harmful` or `benign`, or `complied` or `refused`.
+    ///
+    /// A probe that reads answers needs an `answer` in every row.
+    pub fn read(path: &Path, positions: Positions) -> Result<Self> {
+        let file = path.display().to_string();
+        let rows = rows::read(path)?;
+        let positives = labels(&file, &rows)?;
+        let reads_answers = matches!(
+            positions,
+            Positions::Generated(_) | Positions::EveryGenerated
+        );
+        let missing = |row: &&Row| row.answer.as_deref().is_none_or(str::is_empty);
+        if let (true, Some(row)) = (reads_answers, rows.iter().find(missing)) {
+            let message = format!(
+                "no `answer`, but the positions {positions} are of answers; \
+                 write some with `inwit generate` and put each `text` into its row as `answer`"
+            );
+            return Err(at(&file, row.line, message));
+        }
+        let record = record(path, rows.len())?;
+        Ok(Self {
+            file,
+            rows,
+            positives,
+            record,
+        })
+    }
+
+    /// Reads the states of every row and hands the examples over in the order of the file.
+    pub async fn visit(
+        &self,
+        bench: &Bench,
+        sites: &[Site],
+        positions: Positions,
+        tick: Tick<'_>,
+        mut each: impl FnMut(Example, &Request) -> Result<()>,
+    ) -> Result<()> {
+        let mut labels = self.positives.iter().zip(&self.rows);
+        // The states of an answer's end lie among the generated ones, so capture those.
+        let selection = match positions {
+            Positions::LastPromptToken => PositionSelection::LastPromptToken,
+            Positions::PromptContent => PositionSelection::AllPrompt,
+            Positions::Generated(_) | Positions::EveryGenerated => PositionSelection::Generated,
+        };
+        visit(
+            bench,
+            &self.file,
+            &self.rows,
+            sites,
+            selection,
+            tick,
+            |request, states| {
+                let (positive, row) = labels.next().expect("one label per row");
+                let states =
+                    states.filter(|position| reads(positions, &request, position as usize));
+                if states.positions.is_empty() {
+                    return Err(at(
+                        &self.file,
+                        row.line,
+                        "has no token that the probe reads",
+                    ));
+                }
+                let example = Example {
+                    positive: *positive,
+                    group: row.group.clone().unwrap_or_else(|| row.id.clone()),
+                    states,
+                    tokens: tokens(&request),
+                };
+                each(example, &request)
+            },
+        )
+        .await
+    }
+
+    /// What requests the probe is trained on; rows that differ in form are an error.
+    pub fn form(&self, requests: &[PromptForm]) -> Result<TrainedOn> {
+        let mut common: Option<TrainedOn> = None;
+        for (row, form) in self.rows.iter().zip(requests) {
+            let trained_on =
+                trained_on(form).map_err(|message| at(&self.file, row.line, message))?;
+            match &common {
+                None => common = Some(trained_on),
+                Some(first) if *first == trained_on => {}
+                Some(_) => {
+                    let message = "another system prompt or number of turns than the rows before; \
+                                   fit one probe per form";
+                    return Err(at(&self.file, row.line, message));
+                }
+            }
+        }
+        common.ok_or_else(|| Error::file(&self.file, "holds no rows"))
+    }
+}
+
+/// `(the rest, set aside)`: about `fraction` of the examples, whole groups at a time, alike in both
+/// classes, whatever the order of the rows.
+pub fn split(examples: Vec<Example>, seed: u64, fraction: f64) -> (Vec<Example>, Vec<Example>) {
+    let mut groups: BTreeMap<String, (usize, usize)> = BTreeMap::new();
+    for example in &examples {
+        let (rows, positives) = groups.entry(example.group.clone()).or_default();
+        *rows += 1;
+        *positives += usize::from(example.positive);
+    }
+    let mut aside = std::collections::HashSet::new();
+    let mut seeded = Seeded::new(seed);
+    for positive in [true, false] {
+        // A group of both classes counts for the one it has more of.
+        let of_class = |(_, (rows, positives)): &(&String, &(usize, usize))| {
+            (positives * 2 > *rows) == positive
+        };
+        let mut names: Vec<_> = groups.iter().filter(of_class).collect();
+        seeded.shuffle(&mut names);
+        let rows: usize = names.iter().map(|(_, (rows, _))| rows).sum();
+        let wanted = (rows as f64 * fraction).round() as usize;
+        let mut taken = 0;
+        for (name, (rows, _)) in names {
+            if taken >= wanted {
+                break;
+            }
+            taken += rows;
+            aside.insert(name.clone());
+        }
+    }
+    examples
+        .into_iter()
+        .partition(|example| !aside.contains(&example.group))
+}
+
+/// Name, hash and size of a data file, for an artefact's record.
+pub fn record(path: &Path, rows: usize) -> Result<DataRecord> {
+    let bytes = std::fs::read(path)
+        .map_err(|error| Error::file(path.display(), format!("cannot be read: {error}")))?;
+    let name = path.file_name().unwrap_or(path.as_os_str());
+    Ok(DataRecord {
+        name: name.to_string_lossy().into_owned(),
+        sha256: hex::encode(Sha256::digest(&bytes)),
+        rows: rows as u64,
+    })
+}
+
+/// Whether a probe at `positions` reads this position of the request.
+/// An answer that ends before token k is read at its end.
+fn reads(positions: Positions, request: &Request, position: usize) -> bool {
+    let prompt = request.prompt.tokens.len();
+    match positions {
+        Positions::LastPromptToken => position + 1 == prompt,
+        Positions::PromptContent => request.prompt.content.contains(&position),
+        Positions::EveryGenerated => position >= prompt,
+        Positions::Generated(k) => {
+            let answer = answer(request).len();
+            position + 1 == prompt + answer.min(k as usize)
+        }
+    }
+}
+
+fn answer(request: &Request) -> &[u32] {
+    match &request.work {
+        Work::Score { answer } => answer,
+        Work::Generate => &[],
+    }
+}
+
+fn tokens(request: &Request) -> Vec<u32> {
+    [&request.prompt.tokens, answer(request)].concat()
+}
+
+fn labels(file: &str, rows: &[Row]) -> Result<Vec<bool>> {
+    let mut kinds = [false; 2];
+    let mut label = |row: &Row| {
+        let (kind, positive) = match row.label.as_deref() {
+            Some("harmful") => (0, true),
+            Some("benign") => (0, false),
+            Some("complied") => (1, true),
+            Some("refused") => (1, false),
+            _ => {
+                let message = "needs a `label`: harmful or benign, or complied or refused";
+                return Err(at(file, row.line, message));
+            }
+        };
+        kinds[kind] = true;
+        if kinds == [true, true] {
+            let message = "mixes harmful/benign with complied/refused; fit one probe for each";
+            return Err(at(file, row.line, message));
+        }
+        Ok(positive)
+    };
+    rows.iter().map(&mut label).collect()
+}
+
+fn trained_on(form: &PromptForm) -> Result<TrainedOn, &'static str> {
+    match form {
+        PromptForm::Chat {
+            prefilled_answer: true,
+            ..
+        } => Err("ends with a turn of the assistant; move it to `answer`"),
+        PromptForm::Chat {
+            template_hash,
+            system_prompt,
+            user_turns,
+            ..
+        } => Ok(TrainedOn {
+            template_hash: template_hash.clone(),
+            system_prompt_rule: match system_prompt {
+                None => SystemPromptRule::Default,
+                Some(hash) => SystemPromptRule::TextHash(hash.clone()),
+            },
+            turns: *user_turns,
+        }),
+        PromptForm::RawText | PromptForm::Tokens => {
+            Err("is no chat; a probe is trained on `text` or `messages`")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example(group: &str, positive: bool) -> Example {
+        Example {
+            positive,
+            group: group.into(),
+            states: RowStates {
+                positions: vec![0],
+                tokens: vec![0],
+                values: vec![vec![0.0]],
+            },
+            tokens: vec![0],
+        }
+    }
+
+    fn rows(text: &str) -> Vec<Row> {
+        rows::parse(text.as_bytes(), "train.jsonl").expect("rows")
+    }
+
+    #[test]
+    fn a_split_tears_no_group_apart_and_keeps_both_classes() {
+        let examples: Vec<_> = (0..100)
+            .map(|i| example(&format!("g{}", i / 2), (i / 2) % 2 == 0))
+            .collect();
+        let (rest, aside) = split(examples, 3, 0.2);
+        assert_eq!((rest.len(), aside.len()), (80, 20));
+        assert_eq!(aside.iter().filter(|example| example.positive).count(), 10);
+        assert!(
+            aside
+                .iter()
+                .all(|a| rest.iter().all(|b| a.group != b.group))
+        );
+    }
+
+    #[test]
+    fn a_split_does_not_depend_on_the_order_of_the_rows() {
+        let examples: Vec<_> = (0..40)
+            .map(|i| example(&format!("g{i}"), i % 2 == 0))
+            .collect();
+        let names = |examples: Vec<Example>| {
+            let (_, aside) = split(examples, 3, 0.25);
+            aside
+                .into_iter()
+                .map(|e| e.group)
+                .collect::<std::collections::BTreeSet<_>>()
+        };
+        let reversed = examples.iter().rev().cloned().collect();
+        assert_eq!(names(examples), names(reversed));
+    }
+
+    #[test]
+    fn labels_are_of_one_kind() {
+        let good =
+            rows("{\"text\":\"a\",\"label\":\"complied\"}\n{\"text\":\"b\",\"label\":\"refused\"}");
+        assert_eq!(labels("f", &good).expect("labels"), [true, false]);
+        let mixed =
+            rows("{\"text\":\"a\",\"label\":\"complied\"}\n{\"text\":\"b\",\"label\":\"benign\"}");
+        let error = labels("f", &mixed).expect_err("is rejected").to_string();
+        assert!(
+            error.starts_with("f:2:") && error.contains("mixes"),
+            "{error}"
+        );
+        let missing = rows("{\"text\":\"a\"}");
+        assert!(
+            labels("f", &missing)
+                .expect_err("is rejected")
+                .to_string()
+                .contains("`label`")
+        );
+    }
+
+    #[test]
+    fn a_probe_of_answers_asks_for_answers() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("train.jsonl");
+        std::fs::write(&path, r#"{"text": "a", "label": "benign"}"#).expect("writes");
+        let error = Labelled::read(&path, Positions::EveryGenerated).expect_err("is rejected");
+        assert!(error.to_string().contains("`answer`"), "{error}");
+        assert!(Labelled::read(&path, Positions::LastPromptToken).is_ok());
+    }
+
+    #[test]
+    fn only_plain_chats_train_a_probe() {
+        let chat = PromptForm::Chat {
+            template_hash: "t".into(),
+            system_prompt: Some("s".into()),
+            user_turns: 2,
+            prefilled_answer: false,
+        };
+        let trained = trained_on(&chat).expect("is plain");
+        assert_eq!(
+            trained.system_prompt_rule,
+            SystemPromptRule::TextHash("s".into())
+        );
+        assert_eq!(trained.turns, 2);
+        assert!(trained_on(&PromptForm::RawText).is_err());
+    }
+}

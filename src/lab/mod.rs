@@ -1,0 +1,17 @@
+//! Offline work on an engine: answer, score and capture files of prompts; fit what acts on them.
+//! Knows files and the engine's handle; knows no command line and no wire.
+
+pub mod answer;
+pub mod bench;
+pub mod capture;
+pub mod capture_file;
+pub mod examples;
+pub mod fit;
+pub mod make_head;
+pub mod output;
+pub mod refusal_head;
+pub mod rows;
+pub mod score;
+mod seeded;
+pub mod states;
+pub mod vector;
