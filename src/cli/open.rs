@@ -9,7 +9,7 @@ use clap::Args;
 use inwit_probes::Site;
 
 use super::progress::Progress;
-use crate::config::{self, Config, Device, Flags, PolicyChoice, Weights};
+use crate::config::{self, Config, Device, Flags, Overrides, PolicyChoice, Weights};
 use crate::engine::event::Event;
 use crate::engine::handle::{Engine, EngineOptions, EngineThread, Model};
 use crate::engine::prepare::{CaptureDraft, Defaults, Draft, MonitorDraft, PromptDraft, prepare};
@@ -156,7 +156,7 @@ pub async fn open(
         mode: mode(config.mode),
         policy: None,
         max_tokens: config.max_tokens_default,
-        overrides: callers == Callers::Free,
+        overrides: callers == Callers::Free || config.overrides == Overrides::Allow,
     };
     run_canaries(&engine, &registry, &defaults).await?;
     let snapshot = registry.snapshot();
