@@ -16,8 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Flags of cargo in front of `--`.
-COMMAND = re.compile(r"(?:^|\s)(?:inwit|cargo run --release --) ([a-z][a-z-]*(?: (?:fit|show|refusal-head|vector))?)(.*)")
+COMMAND = re.compile(r"^(?:inwit|cargo run --release --) ((?:probe |lab )?[a-z][a-z-]*)(.*)")
 
 
 def main():
@@ -106,12 +105,15 @@ def check_commands(binary, faults):
 
 
 def commands_of(document):
-    """The commands in a document's fenced blocks, each with what follows it."""
-    for block in re.findall(r"^```(?:sh|console)?\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
+    """The commands in a document's shell blocks and sentences, each with what follows it."""
+    text = document.read_text()
+    yield from re.findall(r"`inwit ((?:probe |lab )?[a-z][a-z-]*)([^`]*)`", text)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for block in (body for language, body in blocks if language == "sh"):
         for line in block.replace("\\\n", " ").splitlines():
-            found = COMMAND.search(line.split(" #")[0])
-            if found and not line.lstrip().startswith("#"):
-                yield found.group(1).strip(), found.group(2)
+            found = COMMAND.match(line.split(" #")[0])
+            if found:
+                yield found.groups()
 
 
 if __name__ == "__main__":
