@@ -800,12 +800,14 @@ impl Sequence {
             partially_monitored: self.partially_monitored,
             timings: self.timings(),
         };
+        self.place.leave();
         self.tell(Event::Completed(Box::new(completed)));
         self.finished = true;
     }
 
     pub(super) fn finish_failed(&mut self, error: Error, around: &Surroundings) {
         self.hand_over(error.name(), around);
+        self.place.leave();
         self.tell(Event::Failed(error));
         self.finished = true;
     }
