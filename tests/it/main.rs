@@ -1,7 +1,10 @@
 //! The integration tests: one binary.
 #![allow(clippy::unwrap_used)]
 
+mod accounting;
+mod answers;
 mod cache;
+mod failures;
 mod golden;
 mod hold_back;
 mod interventions;

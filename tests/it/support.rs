@@ -1,7 +1,7 @@
 //! The engine on the tiny golden models: a library made by the test, requests written as drafts,
 //! and outcomes that compare bit for bit.
 
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use inwit::engine::event::{Completed, FinishReason, Score, Verdict};
@@ -17,7 +17,7 @@ use inwit::hooks::Site;
 use inwit::journal::Memory;
 use inwit::model::kernels::{KvType, WeightFormat};
 use inwit::model::{Placement, Source};
-use inwit::policy::{Action, DecisionRecord, Mode};
+use inwit::policy::{Action, DecisionRecord, DecisionSink, Mode};
 use inwit::registry::{LibraryFile, ModelIds, Snapshot};
 use inwit_probes::{
     Calibration, CalibrationKind, Gather, Head, InputNorm, Kind, Manifest, ModelIdentity,
@@ -75,9 +75,26 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) fn start(setup: Setup) -> Self {
+        let journal = Arc::new(Memory::new(1024));
+        let engine = Self::engine(setup, journal.clone());
+        Self { engine, journal }
+    }
+
+    /// Like `start`; whoever ends waits for a permit of the gate before its end is told.
+    pub(crate) fn gated(setup: Setup) -> (Self, Arc<Gate>) {
+        let journal = Arc::new(Memory::new(1024));
+        let gate = Arc::new(Gate {
+            journal: journal.clone(),
+            permits: Mutex::new(0),
+            changed: Condvar::new(),
+        });
+        let engine = Self::engine(setup, gate.clone());
+        (Self { engine, journal }, gate)
+    }
+
+    fn engine(setup: Setup, sink: Arc<dyn DecisionSink>) -> Engine {
         let source = Source::open(&golden(setup.model)).unwrap();
         let model = Model::load(&source, &Placement::cpu(setup.weights)).unwrap();
-        let journal = Arc::new(Memory::new(1024));
         let options = EngineOptions {
             max_running: setup.max_running,
             max_waiting: setup.max_waiting,
@@ -88,8 +105,7 @@ impl Rig {
             context_limit: setup.context,
             journal_key: [7; 32],
         };
-        let (engine, _thread) = Engine::start(model, options, journal.clone()).unwrap();
-        Self { engine, journal }
+        Engine::start(model, options, sink).unwrap().0
     }
 
     /// A library that fits this engine's model, with nothing in it.
@@ -156,6 +172,30 @@ impl Rig {
     }
 }
 
+/// A journal that stops the engine at each end until it is let on: what happens meanwhile
+/// happens at a known moment.
+pub(crate) struct Gate {
+    journal: Arc<Memory>,
+    permits: Mutex<u32>,
+    changed: Condvar,
+}
+
+impl Gate {
+    pub(crate) fn let_on(&self, ends: u32) {
+        *self.permits.lock().unwrap() += ends;
+        self.changed.notify_all();
+    }
+}
+
+impl DecisionSink for Gate {
+    fn record(&self, record: DecisionRecord) {
+        self.journal.record(record);
+        let permits = self.permits.lock().unwrap();
+        let mut permits = self.changed.wait_while(permits, |permits| *permits == 0).unwrap();
+        *permits -= 1;
+    }
+}
+
 /// What a request came to.
 pub(crate) struct Outcome {
     pub(crate) events: Vec<Event>,
@@ -182,6 +222,10 @@ impl Outcome {
         );
         let later = all.iter().skip(1).any(|e| matches!(e, Event::Started(_)));
         assert!(!later, "started twice");
+        if let Some(completed) = &folded.completed {
+            let answer = folded.token_ids.len();
+            assert_eq!(completed.usage.completion_tokens as usize, answer);
+        }
         Self {
             events: all,
             folded,
@@ -422,7 +466,11 @@ impl Library {
         };
         let width = self.ids.d_model;
         let manifest = VectorManifest::new(name, site, width, norms, self.identity());
-        let vector = SteeringVector::new(manifest, numbers(seed, width)).unwrap();
+        let values = match name {
+            "overflow" => vec![3e38; width],
+            _ => numbers(seed, width),
+        };
+        let vector = SteeringVector::new(manifest, values).unwrap();
         self.add(
             format!("vectors/{name}.safetensors"),
             vector.to_bytes().unwrap(),
@@ -431,10 +479,16 @@ impl Library {
 
     /// A refusal head of rank 2 that moves the logits a good deal.
     pub(crate) fn head(self, name: &str, seed: u64) -> Self {
+        let a = numbers(seed, 2 * self.ids.vocab);
+        let b = numbers(seed + 1, 2 * self.ids.d_model);
+        self.head_of(name, 2, a, b)
+    }
+
+    /// `a` `[vocab, rank]`, `b` `[rank, d_model]`.
+    pub(crate) fn head_of(self, name: &str, rank: usize, a: Vec<f32>, b: Vec<f32>) -> Self {
         let (width, vocab) = (self.ids.d_model, self.ids.vocab);
-        let manifest = RefusalHeadManifest::new(name, 2, width, vocab, self.identity());
-        let a = numbers(seed, 2 * vocab);
-        let head = RefusalHead::new(manifest, a, numbers(seed + 1, 2 * width)).unwrap();
+        let manifest = RefusalHeadManifest::new(name, rank, width, vocab, self.identity());
+        let head = RefusalHead::new(manifest, a, b).unwrap();
         self.add(
             format!("heads/{name}.safetensors"),
             head.to_bytes().unwrap(),
