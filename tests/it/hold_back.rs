@@ -14,11 +14,12 @@ use crate::support::{
     GEMMA, LLAMA, Library, Outcome, REFUSAL, Rig, Setup, Written, add, draft, prompt,
 };
 
+const PROMPT: usize = 30;
 const ANSWER: u32 = 12;
 const PROBES: u64 = 60;
 
 fn plain() -> Draft {
-    draft(prompt(6, 30)).most(ANSWER)
+    draft(prompt(6, PROMPT)).most(ANSWER)
 }
 
 fn probe_name(probe: u64) -> String {
@@ -148,8 +149,29 @@ fn check_held(bench: &Bench, action: &str, checked: impl Fn(&Outcome, usize)) {
             assert_eq!(withheld as usize, t, "t {t} h {hold_back}");
             let folded = outcome.tokens().len();
             assert_eq!(outcome.completed().usage.completion_tokens as usize, folded);
+            check_scores_come_with_their_tokens(&outcome);
             checked(&outcome, t);
         }
+    }
+}
+
+/// A score tells of its token, so it waits with it; a rewound answer has scores of its own.
+fn check_scores_come_with_their_tokens(outcome: &Outcome) {
+    let (mut left, mut scored) = (0, Vec::new());
+    for event in &outcome.events {
+        match event {
+            Event::Retract(_) => (left, scored) = (0, Vec::new()),
+            Event::Delta(delta) => {
+                left += delta.token_ids.len();
+                let scores = delta.scores.iter().filter(|score| *score.probe == *probe_name(0));
+                scored.extend(scores.map(|score| score.position as usize - PROMPT));
+                assert!(scored.last().is_none_or(|last| *last < left), "told too early");
+            }
+            _ => {}
+        }
+    }
+    if outcome.action() != Action::Refuse {
+        assert_eq!(scored, Vec::from_iter(0..outcome.tokens().len()));
     }
 }
 
