@@ -194,7 +194,7 @@ impl ModelIdentity {
     }
 
     pub(crate) fn check(&self) -> Result<()> {
-        check_id("model.name", &self.name)?;
+        check_title("model.name", &self.name)?;
         check_id("model.architecture_id", &self.architecture_id)?;
         check_id("model.weights_id", &self.weights_id)?;
         check_id("model.weight_format", &self.weight_format)
@@ -558,6 +558,15 @@ fn check_id(field: &str, id: &str) -> Result<()> {
     ))
 }
 
+/// A model file names itself as it likes, spaces included.
+fn check_title(field: &str, title: &str) -> Result<()> {
+    let shown = |c: char| !c.is_control();
+    if (1..=256).contains(&title.len()) && title.chars().all(shown) {
+        return Ok(());
+    }
+    Err(Error::invalid(field, "must be 1 to 256 bytes without control characters"))
+}
+
 pub(crate) fn check_between(field: &str, got: usize, low: usize, high: usize) -> Result<()> {
     if (low..=high).contains(&got) {
         return Ok(());
@@ -680,6 +689,17 @@ mod tests {
                     .to_string()
                     .contains("model.weights_id")
             );
+        }
+    }
+
+    #[test]
+    fn a_models_name_may_have_spaces_but_no_control_characters() {
+        let mut manifest = crate::testing::logistic().manifest().clone();
+        manifest.model.name = "Gemma 3 270m It".into();
+        assert!(manifest.check().is_ok());
+        for name in ["", "a\nb", &"x".repeat(257)] {
+            manifest.model.name = name.to_owned();
+            assert!(manifest.check().is_err());
         }
     }
 }

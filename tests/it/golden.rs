@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use inwit::hooks::{HookPlan, HookRun, Site};
 use inwit::model::kernels::{KvType, WeightFormat};
-use inwit::model::{Batch, Decoder, KvCache, Placement, Source};
+use inwit::model::{Batch, Decoder, KvCache, Placement, Source, SpecialText};
 
 /// What README.md of `tests/golden` asks for on the default model; the tiny models get the
 /// stricter bound that it recommends.
@@ -287,5 +287,49 @@ fn k_quants_agree_with_their_dequantised_reference() {
         };
         let model = format!("kquants/{name}");
         check(&model, &reference, &Placement::cpu(WeightFormat::F32));
+    }
+}
+
+#[test]
+fn the_default_model_agrees_with_the_reference() {
+    let source = Source::open(&default_model()).unwrap();
+    let decoder = Decoder::load(&source, &Placement::cpu(WeightFormat::F32)).unwrap();
+    let reference = Reference::open("smollm2/reference.safetensors");
+    check_decoder(&decoder, &reference, TOLERANCE, "smollm2");
+}
+
+#[test]
+fn the_default_model_has_the_token_ids_of_the_reference() {
+    let source = Source::open(&default_model()).unwrap();
+    let tokens = std::fs::read(golden("smollm2/tokens.json")).unwrap();
+    let tokens: serde_json::Value = serde_json::from_slice(&tokens).unwrap();
+    let ids = |value: &serde_json::Value| -> Vec<u32> {
+        let ids = value.as_array().unwrap().iter();
+        ids.map(|id| id.as_u64().unwrap() as u32).collect()
+    };
+    let mut compared = 0;
+    for string in tokens["strings"].as_array().unwrap() {
+        let text = string["text"].as_str().unwrap();
+        for (field, special) in [
+            ("as_text", SpecialText::AsText),
+            ("as_special", SpecialText::AsTokens),
+        ] {
+            let got = source.tokenizer.encode(text, special).unwrap();
+            assert_eq!(got, ids(&string[field]), "{text:?} {field}");
+            compared += 1;
+        }
+    }
+    assert!(compared > 50, "{compared} strings");
+}
+
+/// The file that `inwit pull` fetches; without network one line says what to run.
+pub(crate) fn default_model() -> PathBuf {
+    let fetched = inwit::model::pull::resolve(
+        inwit::model::pull::DEFAULT_MODEL,
+        inwit::model::pull::progress().as_ref(),
+    );
+    match fetched {
+        Ok(path) => path,
+        Err(error) => panic!("run `cargo run --release -- pull` first: {error}"),
     }
 }
