@@ -171,18 +171,31 @@ pub(super) struct Admission {
     pub(super) arrived: Instant,
 }
 
-/// A request's place in the books; dropping it strikes it out.
+/// A request's place in the books; leaving or dropping it strikes it out.
 pub(super) struct Place {
     id: String,
     shared: Arc<Shared>,
     pub(super) aborted: Arc<AtomicBool>,
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
+impl Place {
+    /// Frees the id. Done before the end is told, so that who hears of it may use the id again.
+    pub(super) fn leave(&self) {
         let in_flight = self.shared.in_flight.lock();
         let mut in_flight = in_flight.unwrap_or_else(PoisonError::into_inner);
-        in_flight.remove(&self.id);
+        // The id may be another's by now.
+        let mine = in_flight
+            .get(&self.id)
+            .is_some_and(|aborted| Arc::ptr_eq(aborted, &self.aborted));
+        if mine {
+            in_flight.remove(&self.id);
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.leave();
     }
 }
 

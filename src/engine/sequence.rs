@@ -240,6 +240,9 @@ impl Sequence {
         }
         for position in 0..self.cached {
             self.observe(position);
+            if matches!(self.request.work, Work::Score { .. }) {
+                self.tell_prompt_score(position);
+            }
         }
         if self.enforces()
             && self.out_of_domain
@@ -606,7 +609,9 @@ impl Sequence {
         let captured = self.request.capture.as_ref().is_some_and(|wish| {
             matches!(
                 wish.positions,
-                PositionSelection::Generated | PositionSelection::All
+                PositionSelection::Generated
+                    | PositionSelection::All
+                    | PositionSelection::FromLastPromptToken
             )
         });
         let scored = self.monitored()
@@ -795,12 +800,14 @@ impl Sequence {
             partially_monitored: self.partially_monitored,
             timings: self.timings(),
         };
+        self.place.leave();
         self.tell(Event::Completed(Box::new(completed)));
         self.finished = true;
     }
 
     pub(super) fn finish_failed(&mut self, error: Error, around: &Surroundings) {
         self.hand_over(error.name(), around);
+        self.place.leave();
         self.tell(Event::Failed(error));
         self.finished = true;
     }

@@ -173,10 +173,11 @@ impl PolicyState {
     /// `needs_last_token` asked for it. A `generated(k)` detector with `tokens < k` reads the last
     /// one, or the last prompt token of an empty answer.
     pub fn end_of_answer(&mut self, policy: &Policy, tokens: u32) {
+        let needed = self.needs_last_token(policy);
         for (detector, state) in policy.detectors.iter().zip(&mut self.detectors) {
             match detector.positions {
                 _ if state.is_final => {}
-                Positions::Generated(_) => state.read_newest(tokens),
+                Positions::Generated(_) => state.read_newest(tokens, needed),
                 // Nothing was written, so nothing harmful was.
                 Positions::EveryGenerated => state.is_final = true,
                 Positions::LastPromptToken | Positions::PromptContent => {
@@ -460,9 +461,11 @@ impl DetectorState {
         }
     }
 
-    fn read_newest(&mut self, tokens: u32) {
+    /// `needed`: the last token had to be observed, since a rule can still fire over it.
+    fn read_newest(&mut self, tokens: u32, needed: bool) {
         match self.newest.filter(|newest| newest.k == tokens) {
             Some(newest) => self.take(newest.position, newest.output),
+            None if !needed => {}
             // Another token's state is not what the probe was trained on.
             None => self.fail("the last token of the answer was not observed".into()),
         }
@@ -730,6 +733,18 @@ mod tests {
             &writing(),
             &[Last(&[]), Generated(1, &[(WRITING, YES)])]
         ));
+    }
+
+    #[test]
+    fn a_short_answer_that_no_rule_can_fire_over_needs_no_second_stage() {
+        check(
+            &product(),
+            &[
+                (Last(&[(HARM, NO)]), "allow 0 ."),
+                (Generated(1, &[]), "allow 0 ."),
+                (End(2), "allow 0 ."),
+            ],
+        );
     }
 
     #[test]

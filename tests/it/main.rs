@@ -1,5 +1,14 @@
 //! The integration tests: one binary.
 #![allow(clippy::unwrap_used)]
 
+mod accounting;
+mod answers;
+mod cache;
+mod failures;
 mod golden;
+mod hold_back;
+mod interventions;
+mod isolation;
+mod stages;
+mod support;
 mod wire;
