@@ -203,7 +203,6 @@ fn prompts() -> Vec<Case> {
         of_chat("input.chat.messages[0].role", &[("", CANARY)]),
         of_chat("input.chat.messages[0].role", &[("assistant", CANARY)]),
         of_chat("input.chat.messages[1].role", &[("user", CANARY), ("system", CANARY)]),
-        of_chat("input.chat.messages[0].content", &[("user", "")]),
         of_chat(
             "input.chat.messages[1].content",
             &[("user", CANARY), ("assistant", " ")],
