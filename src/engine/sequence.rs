@@ -762,9 +762,9 @@ impl Sequence {
     }
 
     fn usage(&self) -> Usage {
-        let released = match self.request.work {
+        let released = match &self.request.work {
             Work::Generate => self.release.released() as u32,
-            Work::Score { .. } => 0,
+            Work::Score { answer } => answer.len() as u32,
         };
         Usage {
             prompt_tokens: self.prompt_len() as u32,

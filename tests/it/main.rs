@@ -12,3 +12,8 @@ mod isolation;
 mod stages;
 mod support;
 mod wire;
+mod wire_bad_requests;
+mod wire_generation;
+mod wire_held_back;
+mod wire_limits;
+mod wire_support;
