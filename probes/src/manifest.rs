@@ -564,7 +564,10 @@ fn check_title(field: &str, title: &str) -> Result<()> {
     if (1..=256).contains(&title.len()) && title.chars().all(shown) {
         return Ok(());
     }
-    Err(Error::invalid(field, "must be 1 to 256 bytes without control characters"))
+    Err(Error::invalid(
+        field,
+        "must be 1 to 256 bytes without control characters",
+    ))
 }
 
 pub(crate) fn check_between(field: &str, got: usize, low: usize, high: usize) -> Result<()> {

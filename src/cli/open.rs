@@ -211,8 +211,10 @@ fn model_path(model: &str) -> Result<PathBuf> {
     if path.exists() {
         return Ok(path.to_owned());
     }
-    let looks_like_a_path = model.contains(std::path::MAIN_SEPARATOR) || model.ends_with(".gguf");
-    if looks_like_a_path {
+    // `organisation/name` is a Hugging Face repository; anything else with a separator is a path.
+    let repository = model.matches('/').count() == 1 && !model.starts_with(['/', '.', '~']);
+    let has_separator = model.contains(std::path::MAIN_SEPARATOR) && !repository;
+    if has_separator || model.ends_with(".gguf") {
         return Err(Error::Config(format!(
             "--model: there is no file or folder `{model}`; give a GGUF file, a Hugging Face folder, \
              or a known name such as smollm2-135m-instruct"

@@ -21,7 +21,11 @@ pub(super) type BlockScores = HashMap<String, [TokenOutput; KV_BLOCK]>;
 
 /// The key of a block whose predecessor has the key `parent`. `interventions` is the content of
 /// every intervention that touches the block's positions; empty when none does.
-pub(super) fn block_key(parent: Option<&BlockKey>, tokens: &[u32], interventions: &[u8]) -> BlockKey {
+pub(super) fn block_key(
+    parent: Option<&BlockKey>,
+    tokens: &[u32],
+    interventions: &[u8],
+) -> BlockKey {
     let mut hasher = Sha256::new();
     hasher.update([u8::from(parent.is_some())]);
     hasher.update(parent.unwrap_or(&[0; 32]));
@@ -111,7 +115,9 @@ impl BlockPool {
             return Found::Nothing;
         };
         let scores = pool.published[number as usize].as_ref().map(|published| {
-            let scores = probes.iter().map(|probe| published.scores.get(probe).copied());
+            let scores = probes
+                .iter()
+                .map(|probe| published.scores.get(probe).copied());
             scores.collect::<Option<Vec<_>>>()
         });
         let Some(Some(scores)) = scores else {

@@ -244,7 +244,9 @@ impl Engine {
         let per_block = KvCache::block_bytes(&config, options.kv_type);
         let context = options
             .context_limit
-            .map_or(config.context_length, |limit| limit.min(config.context_length));
+            .map_or(config.context_length, |limit| {
+                limit.min(config.context_length)
+            });
         // More than every sequence can fill is waste.
         let most = (options.max_running * context.div_ceil(KV_BLOCK)) as u64;
         let blocks = (options.kv_bytes / per_block).min(most) as usize;

@@ -151,9 +151,7 @@ pub fn prepare(
         .map(|draft| capture(draft, engine, &work))
         .transpose()?;
     Ok(Request {
-        id: draft
-            .id
-            .unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
+        id: draft.id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
         prompt,
         work,
         sampling,
@@ -193,7 +191,10 @@ fn prompt(draft: PromptDraft, engine: &Engine) -> Result<Prompt> {
             if tokenizer.add_bos() {
                 tokens.extend(tokenizer.bos());
             }
-            tokens.extend(at("input.raw_text", tokenizer.encode(&text, SpecialText::AsText))?);
+            tokens.extend(at(
+                "input.raw_text",
+                tokenizer.encode(&text, SpecialText::AsText),
+            )?);
             plain(tokens, PromptForm::RawText, "input.raw_text")
         }
         PromptDraft::Tokens(tokens) => {
@@ -300,7 +301,11 @@ fn monitor(draft: MonitorDraft, snapshot: &Arc<Snapshot>, defaults: &Defaults) -
     let mode = draft.mode.unwrap_or(defaults.mode);
     let bound = defaults.mode == Mode::Enforce && !defaults.overrides;
     if bound && (mode != Mode::Enforce || draft.policy.is_some()) {
-        let field = if mode == Mode::Enforce { "policy" } else { "mode" };
+        let field = if mode == Mode::Enforce {
+            "policy"
+        } else {
+            "mode"
+        };
         return Err(Error::FailedPrecondition {
             subject: format!("input.monitor.{field}"),
             message: "the server enforces its policy and lets no caller leave it; leave this unset"
@@ -308,7 +313,11 @@ fn monitor(draft: MonitorDraft, snapshot: &Arc<Snapshot>, defaults: &Defaults) -
         });
     }
     if mode == Mode::Off && (draft.return_scores || draft.policy.is_some()) {
-        let field = if draft.return_scores { "return_scores" } else { "policy" };
+        let field = if draft.return_scores {
+            "return_scores"
+        } else {
+            "policy"
+        };
         return Err(Error::invalid(
             format!("input.monitor.{field}"),
             "has no effect with mode OFF; leave it unset or choose another mode",
@@ -398,7 +407,10 @@ fn check_vector(values: &[f32], field: &str, d_model: usize) -> Result<()> {
     if values.len() != d_model {
         return Err(Error::invalid(
             field,
-            format!("must have the model's {d_model} values; got {}", values.len()),
+            format!(
+                "must have the model's {d_model} values; got {}",
+                values.len()
+            ),
         ));
     }
     match values.iter().position(|value| !value.is_finite()) {
@@ -526,7 +538,10 @@ fn named<T>(
         name: clipped(name),
         remedy: match all.is_empty() {
             true => "none is loaded".into(),
-            false => format!("there is {}", all.keys().cloned().collect::<Vec<_>>().join(", ")),
+            false => format!(
+                "there is {}",
+                all.keys().cloned().collect::<Vec<_>>().join(", ")
+            ),
         },
     })
 }
@@ -558,7 +573,10 @@ mod tests {
     #[test]
     fn a_strength_that_would_be_ignored_is_refused() {
         let kind = intervention_kind(InterventionKindDraft::ProjectOut, Some(1.0), "s");
-        assert_eq!(message(kind), "s: has no meaning for PROJECT_OUT; leave it unset");
+        assert_eq!(
+            message(kind),
+            "s: has no meaning for PROJECT_OUT; leave it unset"
+        );
         assert!(intervention_kind(InterventionKindDraft::ProjectOut, None, "s").is_ok());
     }
 

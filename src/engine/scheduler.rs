@@ -16,7 +16,11 @@ pub(super) struct Pending {
 /// is left of `budget`, in order of arrival; at least one row of a prompt always runs, so that
 /// many decoders cannot starve a newcomer.
 pub(super) fn next_step(pending: &[Pending], budget: usize) -> Vec<usize> {
-    let decoding: usize = pending.iter().filter(|p| !p.prefill).map(|p| p.tokens).sum();
+    let decoding: usize = pending
+        .iter()
+        .filter(|p| !p.prefill)
+        .map(|p| p.tokens)
+        .sum();
     let mut left = budget.saturating_sub(decoding).max(1);
     pending
         .iter()

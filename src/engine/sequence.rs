@@ -207,7 +207,9 @@ impl Sequence {
     }
 
     pub(super) fn is_late(&self, now: Instant) -> bool {
-        self.request.deadline.is_some_and(|deadline| now >= deadline)
+        self.request
+            .deadline
+            .is_some_and(|deadline| now >= deadline)
     }
 
     fn policy(&self) -> Arc<Policy> {
@@ -309,7 +311,10 @@ impl Sequence {
             .map(|output| Some(*output))
             .collect();
         let policy = self.policy();
-        let logged = outputs.iter().map(|output| output.map(Into::into)).collect();
+        let logged = outputs
+            .iter()
+            .map(|output| output.map(Into::into))
+            .collect();
         if position < prompt_len {
             let in_content = self.request.prompt.content.contains(&position);
             let is_last = position + 1 == prompt_len;
@@ -400,7 +405,9 @@ impl Sequence {
             return Flow::On;
         }
         if let Some(failed) = decision.failed.iter().find(|failed| closes(failed)) {
-            let probe = self.request.monitor.snapshot.probes[failed.probe].name.to_string();
+            let probe = self.request.monitor.snapshot.probes[failed.probe]
+                .name
+                .to_string();
             self.fail_monitor(&probe, &failed.reason, around);
             return Flow::Done;
         }
@@ -420,7 +427,13 @@ impl Sequence {
                 site,
                 kind,
                 positions,
-            } => match steering(&self.request.monitor.snapshot, vector, *site, *kind, *positions) {
+            } => match steering(
+                &self.request.monitor.snapshot,
+                vector,
+                *site,
+                *kind,
+                *positions,
+            ) {
                 Some(intervention) => self.rewind(Effect::Steer(intervention)),
                 None => self.missing(&rule.name, around),
             },
@@ -596,7 +609,11 @@ impl Sequence {
     /// A steered state that leaves no finite logits is a failure of who steered.
     fn fail_choice(&mut self, error: Error, around: &Surroundings) {
         if matches!(self.effect, Effect::Steer(_)) {
-            return self.fail_monitor("steering", "the steered state gave no finite logits", around);
+            return self.fail_monitor(
+                "steering",
+                "the steered state gave no finite logits",
+                around,
+            );
         }
         if !self.request.interventions.is_empty() {
             let message = "left no finite logits; use a smaller strength";
@@ -645,7 +662,8 @@ impl Sequence {
             let policy = self.policy();
             self.state.end_of_answer(&policy, answer);
             self.readout.end_of_answer(&self.readout_policy, answer);
-            self.steps.push(DecisionStep::EndOfAnswer { tokens: answer });
+            self.steps
+                .push(DecisionStep::EndOfAnswer { tokens: answer });
             self.judge();
         }
         self.finish(FinishReason::Stop, around);

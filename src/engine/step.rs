@@ -220,7 +220,9 @@ impl StepLoop {
         self.shared.running.fetch_add(1, Ordering::AcqRel);
         self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
         let queued = admission.request.prompt.tokens.len();
-        self.shared.queued_tokens.fetch_sub(queued, Ordering::AcqRel);
+        self.shared
+            .queued_tokens
+            .fetch_sub(queued, Ordering::AcqRel);
         let (max_tokens, most_blocks) = self.needs(&admission);
         let request = &admission.request;
         let prepared = self.prepared(&Arc::clone(&request.monitor.snapshot));
@@ -254,7 +256,9 @@ impl StepLoop {
                 self.prepared.remove(0);
             }
             let probes = snapshot.probes.iter();
-            let probes = probes.map(|loaded| Arc::new(loaded.probe.clone())).collect();
+            let probes = probes
+                .map(|loaded| Arc::new(loaded.probe.clone()))
+                .collect();
             self.prepared.push(Prepared {
                 snapshot_hash: snapshot.hash.clone(),
                 stack: Arc::new(ProbeStack::new(probes, self.info.config.n_layers)),
@@ -318,7 +322,10 @@ impl StepLoop {
             .enumerate()
             .filter(|(_, rows)| *rows > 0)
             .collect();
-        let prefill = picked.iter().filter(|(index, _)| pending[*index].prefill).count();
+        let prefill = picked
+            .iter()
+            .filter(|(index, _)| pending[*index].prefill)
+            .count();
         let phase = match prefill {
             0 => metrics::Phase::Decode,
             n if n == picked.len() => metrics::Phase::Prefill,
@@ -396,12 +403,16 @@ impl StepLoop {
             let outputs = (span.first_row..span.first_row + span.rows)
                 .map(|row| {
                     let outputs = scores.of_row(row).unwrap_or_default();
-                    outputs.into_iter().map(|output| output.unwrap_or(FAILED)).collect()
+                    outputs
+                        .into_iter()
+                        .map(|output| output.unwrap_or(FAILED))
+                        .collect()
                 })
                 .collect();
-            let failed = scores.failures.iter().any(|(row, _)| {
-                (span.first_row..span.first_row + span.rows).contains(row)
-            });
+            let failed = scores
+                .failures
+                .iter()
+                .any(|(row, _)| (span.first_row..span.first_row + span.rows).contains(row));
             let sequence = &mut self.running[*index];
             if failed {
                 let message = "its condition's probe gave no finite score";
@@ -514,7 +525,7 @@ fn plan_sequence(
             .clone()
             .filter(|position| wish.positions.contains(*position, prompt_len));
         if let Some(first) = wanted.next() {
-            let last = wanted.last().unwrap_or(first);
+            let last = wanted.next_back().unwrap_or(first);
             for site in &wish.sites {
                 let rows = first_row + first - start..first_row + last - start + 1;
                 plan.capture(*site, index, rows);
@@ -541,7 +552,9 @@ fn key_of(sequence: &Sequence, block: usize, parent: Option<&BlockKey>) -> Block
             .clone()
             .enumerate()
             .filter(|(_, position)| {
-                intervention.positions.contains(*position, sequence.prompt_len())
+                intervention
+                    .positions
+                    .contains(*position, sequence.prompt_len())
             })
             .map(|(slot, _)| slot as u8)
             .collect();

@@ -32,6 +32,9 @@ const ANSWER_LENGTHS: [u32; 3] = [64, 256, 1024];
 const CANARIES_PER_SIGN: usize = 8;
 const RESAMPLES: usize = 1000;
 
+/// A figure of logits and their labels.
+type Statistic<'a> = dyn Fn(&[f32], &[bool]) -> inwit_probes::Result<f64> + 'a;
+
 /// What to fit, and on what.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -195,10 +198,7 @@ fn check(options: &Options) -> Result<()> {
             "use logistic, difference_of_means or attention",
         ));
     }
-    let attention = options
-        .gathers
-        .iter()
-        .any(|gather| *gather == Gather::Attention);
+    let attention = options.gathers.contains(&Gather::Attention);
     if attention != (options.kind == Kind::Attention) || (attention && options.gathers.len() > 1) {
         return Err(Error::invalid(
             "gather",
@@ -461,7 +461,7 @@ impl<'a> Work<'a> {
         let choose = |rows: &[usize]| -> (Vec<f32>, Vec<bool>) {
             rows.iter().map(|row| (logits[*row], y[*row])).unzip()
         };
-        let interval = |statistic: &dyn Fn(&[f32], &[bool]) -> inwit_probes::Result<f64>| {
+        let interval = |statistic: &Statistic<'_>| {
             bootstrap_by_group(group, RESAMPLES, self.options.seed, |rows| {
                 let (logits, y) = choose(rows);
                 statistic(&logits, &y)

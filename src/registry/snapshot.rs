@@ -129,7 +129,9 @@ impl Snapshot {
     pub fn with_default_policy(&self, policy: Policy) -> Self {
         let mut snapshot = self.clone();
         snapshot.default_policy = policy.name.clone();
-        snapshot.policies.insert(policy.name.clone(), Arc::new(policy));
+        snapshot
+            .policies
+            .insert(policy.name.clone(), Arc::new(policy));
         snapshot.hash = snapshot.content_hash();
         snapshot
     }

@@ -39,7 +39,14 @@ fn blocks_return_after_every_kind_of_end() {
     let rig = Rig::start(LLAMA);
     let snapshot = snapshot(&rig);
     let total = rig.engine.load().kv_blocks_total;
-    for policy in ["watch", "refuses", "refuses-late", "head-late", "steers-late", "aborts"] {
+    for policy in [
+        "watch",
+        "refuses",
+        "refuses-late",
+        "head-late",
+        "steers-late",
+        "aborts",
+    ] {
         rig.run(&snapshot, short().most(20).monitored(Mode::Enforce, policy));
         rig.settle();
     }
@@ -56,7 +63,10 @@ fn blocks_return_after_every_kind_of_end() {
         ..long()
     };
     let error = rig.run(&snapshot, late).error;
-    assert!(matches!(error, Some(Error::DeadlineExceeded { tokens_done: 0, .. })));
+    assert!(matches!(
+        error,
+        Some(Error::DeadlineExceeded { tokens_done: 0, .. })
+    ));
     rig.settle();
     assert_eq!(rig.engine.load().kv_blocks_total, total);
     assert!(!rig.engine.abort("a"), "it is gone");
@@ -77,7 +87,10 @@ fn a_full_queue_refuses_and_a_freed_place_is_given_again() {
     assert_eq!(rig.engine.load().waiting, 2);
     assert_eq!(rig.engine.load().queued_tokens, 80);
     let refused = rig.submit(&snapshot, short().named("refused")).map(|_| ());
-    assert!(matches!(refused, Err(Error::Overloaded { .. })), "{refused:?}");
+    assert!(
+        matches!(refused, Err(Error::Overloaded { .. })),
+        "{refused:?}"
+    );
     gate.let_on(4);
     Outcome::of(first).completed();
     for events in waiting {
@@ -132,8 +145,16 @@ fn a_deadline_holds_in_the_queue_and_while_running() {
     gate.let_on(2);
     Outcome::of(first).completed();
     let queued = Outcome::of(queued);
-    assert!(matches!(queued.error, Some(Error::DeadlineExceeded { tokens_done: 0, .. })));
-    assert!(!queued.events.iter().any(|event| matches!(event, Event::Started(_))));
+    assert!(matches!(
+        queued.error,
+        Some(Error::DeadlineExceeded { tokens_done: 0, .. })
+    ));
+    assert!(
+        !queued
+            .events
+            .iter()
+            .any(|event| matches!(event, Event::Started(_)))
+    );
     std::thread::sleep(deadline.saturating_duration_since(Instant::now()));
     gate.let_on(2);
     Outcome::of(stopper).completed();
@@ -159,7 +180,10 @@ fn who_leaves_the_queue_never_runs_and_is_recorded() {
     rig.settle();
     for id in ["left", "aborted"] {
         let record = rig.record_of(id);
-        assert_eq!((record.finish_reason.as_str(), record.steps.len()), ("cancelled", 0));
+        assert_eq!(
+            (record.finish_reason.as_str(), record.steps.len()),
+            ("cancelled", 0)
+        );
     }
 }
 
@@ -191,7 +215,10 @@ fn what_does_not_fit_is_refused_and_what_just_fits_is_served() {
     };
     for (length, max_tokens) in [(128, None), (128, Some(1)), (127, Some(2)), (200, None)] {
         let refused = fits(length, max_tokens).map(|_| ());
-        assert!(matches!(refused, Err(Error::ContextLength { .. })), "{length}");
+        assert!(
+            matches!(refused, Err(Error::ContextLength { .. })),
+            "{length}"
+        );
     }
     for (length, max_tokens, answer) in [(127, Some(1), 1), (127, None, 1), (100, Some(28), 28)] {
         let outcome = fits(length, max_tokens).unwrap();
@@ -214,7 +241,14 @@ fn more_requests_than_blocks_all_get_their_turn() {
 }
 
 const POLICIES: [&str; 9] = [
-    "watch", "flags", "refuses", "refuses-late", "head", "head-late", "steers", "steers-late",
+    "watch",
+    "flags",
+    "refuses",
+    "refuses-late",
+    "head",
+    "head-late",
+    "steers",
+    "steers-late",
     "aborts",
 ];
 
@@ -226,10 +260,18 @@ fn every_request_is_recorded_once_and_its_record_decides_the_same_again() {
     for policy in POLICIES {
         for mode in [Mode::Shadow, Mode::Enforce] {
             let plain = draft(prompt(5, 60));
-            drafts.push((policy, plain.monitored(mode, policy).named(&format!("{policy}-{mode}"))));
+            drafts.push((
+                policy,
+                plain
+                    .monitored(mode, policy)
+                    .named(&format!("{policy}-{mode}")),
+            ));
         }
     }
-    let ids: Vec<_> = drafts.iter().map(|(_, draft)| draft.id.clone().unwrap()).collect();
+    let ids: Vec<_> = drafts
+        .iter()
+        .map(|(_, draft)| draft.id.clone().unwrap())
+        .collect();
     for _cold_then_warm in 0..2 {
         rig.run_all(&snapshot, drafts.iter().map(|(_, draft)| draft.clone()));
     }
@@ -252,8 +294,16 @@ fn every_request_is_recorded_once_and_its_record_decides_the_same_again() {
         let again = rig.run(&snapshot, draft.clone().named("again"));
         if let Some(completed) = &again.folded.completed {
             let (usage, record) = (completed.usage, &records[1]);
-            let counts = (record.tokens.completion, record.tokens.withheld, record.tokens.prompt);
-            let usage = (usage.completion_tokens, usage.withheld_tokens, usage.prompt_tokens);
+            let counts = (
+                record.tokens.completion,
+                record.tokens.withheld,
+                record.tokens.prompt,
+            );
+            let usage = (
+                usage.completion_tokens,
+                usage.withheld_tokens,
+                usage.prompt_tokens,
+            );
             assert_eq!(counts, usage, "{id}");
             assert_eq!(record.finish_reason, completed.finish_reason.as_str());
         }
@@ -289,6 +339,12 @@ fn a_swap_of_the_snapshot_does_not_reach_who_is_on_the_way() {
     Outcome::of(first).completed();
     // Both run in the same batches, each under its own snapshot.
     let (before, after) = (Outcome::of(before), Outcome::of(after));
-    assert_eq!((before.bits(), after.bits()), (alone[0].clone(), alone[1].clone()));
-    assert_eq!((before.folded.text, after.folded.text), ("mine".into(), "other".into()));
+    assert_eq!(
+        (before.bits(), after.bits()),
+        (alone[0].clone(), alone[1].clone())
+    );
+    assert_eq!(
+        (before.folded.text, after.folded.text),
+        ("mine".into(), "other".into())
+    );
 }

@@ -10,7 +10,9 @@ use crate::support::{FAMILIES, LLAMA, Rig, Written, draft, prompt};
 
 fn bytes_of(rig: &Rig, tokens: &[u32]) -> Vec<u8> {
     let tokenizer = rig.engine.tokenizer();
-    let bytes = tokens.iter().flat_map(|token| tokenizer.token_bytes(*token));
+    let bytes = tokens
+        .iter()
+        .flat_map(|token| tokenizer.token_bytes(*token));
     bytes.copied().collect()
 }
 
@@ -31,7 +33,11 @@ fn an_answer_is_the_text_of_its_tokens_with_a_log_probability_each() {
                 assert!(logprobs.chosen.1 <= 0.0 && logprobs.alternatives.len() == 2);
             }
             let ended = outcome.tokens().len() < 30;
-            let reason = if ended { FinishReason::Stop } else { FinishReason::Length };
+            let reason = if ended {
+                FinishReason::Stop
+            } else {
+                FinishReason::Length
+            };
             assert_eq!(outcome.reason(), reason);
         }
     }
@@ -54,7 +60,10 @@ fn a_stop_string_over_two_tokens_ends_the_answer_right_before_it() {
         let Some((stop, _)) = boundary else {
             continue;
         };
-        let at = text.windows(2).position(|pair| pair == stop.as_bytes()).unwrap();
+        let at = text
+            .windows(2)
+            .position(|pair| pair == stop.as_bytes())
+            .unwrap();
         let mut stopped = draft(prompt(seed, 30)).most(20);
         stopped.sampling.stop = vec!["never in an answer".into(), stop];
         let outcome = rig.run(&snapshot, stopped);
@@ -75,7 +84,11 @@ fn a_stop_token_ends_the_answer_and_is_no_part_of_it() {
     let snapshot = rig.library().snapshot();
     let plain = rig.run(&snapshot, draft(prompt(1, 30)).most(20));
     let stop = plain.tokens()[7];
-    let first = plain.tokens().iter().position(|token| *token == stop).unwrap();
+    let first = plain
+        .tokens()
+        .iter()
+        .position(|token| *token == stop)
+        .unwrap();
     let mut stopped = draft(prompt(1, 30)).most(20);
     stopped.sampling.stop_token_ids = vec![stop];
     let outcome = rig.run(&snapshot, stopped);
@@ -91,14 +104,20 @@ fn the_model_s_own_end_is_no_part_of_the_answer() {
     // Whatever the state, one of the two rows is far above every other token.
     let mut a = vec![0.0; vocab * 2];
     a[end * 2] = 1000.0;
-    let snapshot = rig.library().head_of("ends", 2, a, constant_reading()).snapshot();
+    let snapshot = rig
+        .library()
+        .head_of("ends", 2, a, constant_reading())
+        .snapshot();
     let ended = Draft {
         refusal_head: Some("ends".into()),
         ..held_at(draft(prompt(1, 30)), 1.0)
     };
     let outcome = rig.run(&snapshot, ended);
     assert_eq!(outcome.reason(), FinishReason::Stop);
-    assert_eq!((outcome.folded.text.as_str(), outcome.tokens().len()), ("", 0));
+    assert_eq!(
+        (outcome.folded.text.as_str(), outcome.tokens().len()),
+        ("", 0)
+    );
 }
 
 const D_MODEL: usize = 64;
@@ -134,12 +153,17 @@ fn a_character_over_two_tokens_leaves_whole() {
     let byte = |byte: u8| {
         let tokenizer = rig.engine.tokenizer();
         let mut tokens = 0..vocab;
-        tokens.find(|token| tokenizer.token_bytes(*token) == [byte]).unwrap() as usize
+        tokens
+            .find(|token| tokenizer.token_bytes(*token) == [byte])
+            .unwrap() as usize
     };
     let (lead, tail) = (byte(0xc3), byte(0xa9));
     let mut a = vec![0.0; vocab as usize * 2];
     (a[lead * 2], a[tail * 2]) = (1000.0, 1000.0);
-    let snapshot = rig.library().head_of("bytes", 2, a, constant_reading()).snapshot();
+    let snapshot = rig
+        .library()
+        .head_of("bytes", 2, a, constant_reading())
+        .snapshot();
     let bytes = |length| {
         let mut bytes = Draft {
             refusal_head: Some("bytes".into()),
@@ -153,14 +177,20 @@ fn a_character_over_two_tokens_leaves_whole() {
         let outcome = rig.run(&snapshot, bytes(length));
         let text = bytes_of(&rig, outcome.tokens());
         assert_eq!(outcome.tokens().len(), length as usize);
-        assert!(text.iter().all(|byte| [0xc3, 0xa9].contains(byte)), "{text:x?}");
+        assert!(
+            text.iter().all(|byte| [0xc3, 0xa9].contains(byte)),
+            "{text:x?}"
+        );
         assert_eq!(outcome.folded.text, String::from_utf8_lossy(&text));
         let mut seen = 0;
         for event in &outcome.events {
             if let Event::Delta(delta) = event {
                 seen += delta.token_ids.len();
                 let so_far = String::from_utf8_lossy(&text[..seen]).into_owned();
-                assert!(outcome.folded.text.starts_with(&so_far), "a character was cut");
+                assert!(
+                    outcome.folded.text.starts_with(&so_far),
+                    "a character was cut"
+                );
             }
         }
     }

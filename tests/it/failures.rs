@@ -50,7 +50,8 @@ fn a_probe_that_fails_on_the_prompt_ends_the_request_before_its_first_token() {
     let snapshot = snapshot(&rig, Positions::LastPromptToken, "");
     for _cold_then_warm in 0..2 {
         let outcome = run(&rig, &snapshot, Mode::Enforce);
-        let failed = matches!(&outcome.error, Some(Error::MonitorFailed { probe, .. }) if probe == "broken");
+        let failed =
+            matches!(&outcome.error, Some(Error::MonitorFailed { probe, .. }) if probe == "broken");
         assert!(failed, "{:?}", outcome.error);
         assert!(outcome.folded.text.is_empty());
     }
@@ -113,7 +114,9 @@ fn a_broken_neighbour_stops_nobody() {
     let healthy = rig.library().complete().snapshot();
     let watched = || plain().monitored(Mode::Enforce, "watch");
     let expected = rig.run(&healthy, watched()).bits();
-    let failing = rig.submit(&broken, plain().monitored(Mode::Enforce, "p")).unwrap();
+    let failing = rig
+        .submit(&broken, plain().monitored(Mode::Enforce, "p"))
+        .unwrap();
     let serving = rig.submit(&healthy, watched()).unwrap();
     assert_eq!(Outcome::of(failing).reason(), FinishReason::MonitorFailed);
     assert_eq!(Outcome::of(serving).bits(), expected);
@@ -130,6 +133,7 @@ fn a_policy_whose_steering_leaves_no_finite_logits_fails_closed() {
     let library = library.vector("overflow", Site::ResidPost(1), 0);
     let snapshot = library.policy("p", document).snapshot();
     let outcome = run(&rig, &snapshot, Mode::Enforce);
-    let failed = matches!(&outcome.error, Some(Error::MonitorFailed { probe, .. }) if probe == "steering");
+    let failed =
+        matches!(&outcome.error, Some(Error::MonitorFailed { probe, .. }) if probe == "steering");
     assert!(failed, "{:?}", outcome.error);
 }

@@ -163,9 +163,15 @@ fn check_scores_come_with_their_tokens(outcome: &Outcome) {
             Event::Retract(_) => (left, scored) = (0, Vec::new()),
             Event::Delta(delta) => {
                 left += delta.token_ids.len();
-                let scores = delta.scores.iter().filter(|score| *score.probe == *probe_name(0));
+                let scores = delta
+                    .scores
+                    .iter()
+                    .filter(|score| *score.probe == *probe_name(0));
                 scored.extend(scores.map(|score| score.position as usize - PROMPT));
-                assert!(scored.last().is_none_or(|last| *last < left), "told too early");
+                assert!(
+                    scored.last().is_none_or(|last| *last < left),
+                    "told too early"
+                );
             }
             _ => {}
         }

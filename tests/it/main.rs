@@ -4,6 +4,7 @@
 mod accounting;
 mod answers;
 mod cache;
+mod default_model;
 mod failures;
 mod golden;
 mod hold_back;

@@ -191,7 +191,10 @@ impl DecisionSink for Gate {
     fn record(&self, record: DecisionRecord) {
         self.journal.record(record);
         let permits = self.permits.lock().unwrap();
-        let mut permits = self.changed.wait_while(permits, |permits| *permits == 0).unwrap();
+        let mut permits = self
+            .changed
+            .wait_while(permits, |permits| *permits == 0)
+            .unwrap();
         *permits -= 1;
     }
 }

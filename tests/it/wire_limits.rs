@@ -81,21 +81,66 @@ async fn messages_that_are_too_long_or_no_messages_are_refused() {
     let gzip = [("grpc-encoding", "gzip")];
     let cases: Vec<(&str, &[(&str, &str)], Bytes, Code)> = vec![
         ("1 MiB and more", &[], frame(false, &long), Code::OutOfRange),
-        ("4 GiB declared", &[], Bytes::from_static(&[0, 255, 255, 255, 255]), Code::OutOfRange),
-        ("a gzip bomb", &gzip, frame(true, &bomb), Code::ResourceExhausted),
-        ("zipped, unannounced", &[], frame(true, &zipped(&message("Hi".into()))), Code::Internal),
-        ("zipped garbage", &gzip, frame(true, b"no gzip at all"), Code::Internal),
+        (
+            "4 GiB declared",
+            &[],
+            Bytes::from_static(&[0, 255, 255, 255, 255]),
+            Code::OutOfRange,
+        ),
+        (
+            "a gzip bomb",
+            &gzip,
+            frame(true, &bomb),
+            Code::ResourceExhausted,
+        ),
+        (
+            "zipped, unannounced",
+            &[],
+            frame(true, &zipped(&message("Hi".into()))),
+            Code::Internal,
+        ),
+        (
+            "zipped garbage",
+            &gzip,
+            frame(true, b"no gzip at all"),
+            Code::Internal,
+        ),
         (
             "an unknown encoding",
             &[("grpc-encoding", "br")],
             frame(true, b"?"),
             Code::Unimplemented,
         ),
-        ("an unknown flag", &[], Bytes::from_static(&[7, 0, 0, 0, 1, 0]), Code::Internal),
-        ("garbage", &[], frame(false, &[0xff; 64]), Code::InvalidArgument),
-        ("too deep", &[], frame(false, &nested(100_000)), Code::InvalidArgument),
-        ("no UTF-8", &[], frame(false, &not_utf8), Code::InvalidArgument),
-        ("a message cut short", &[], frame(false, &cut), Code::InvalidArgument),
+        (
+            "an unknown flag",
+            &[],
+            Bytes::from_static(&[7, 0, 0, 0, 1, 0]),
+            Code::Internal,
+        ),
+        (
+            "garbage",
+            &[],
+            frame(false, &[0xff; 64]),
+            Code::InvalidArgument,
+        ),
+        (
+            "too deep",
+            &[],
+            frame(false, &nested(100_000)),
+            Code::InvalidArgument,
+        ),
+        (
+            "no UTF-8",
+            &[],
+            frame(false, &not_utf8),
+            Code::InvalidArgument,
+        ),
+        (
+            "a message cut short",
+            &[],
+            frame(false, &cut),
+            Code::InvalidArgument,
+        ),
     ];
     for (case, headers, body, code) in cases {
         let reply = raw_call(server.address, GENERATE, headers, body).await;
@@ -105,7 +150,10 @@ async fn messages_that_are_too_long_or_no_messages_are_refused() {
     // No message at all, or not all of it.
     for body in [Bytes::new(), a_request().slice(..7)] {
         let reply = raw_call(server.address, GENERATE, &[], body).await;
-        assert!(reply.grpc_status.is_some_and(|status| status != 0), "{reply:?}");
+        assert!(
+            reply.grpc_status.is_some_and(|status| status != 0),
+            "{reply:?}"
+        );
     }
     // What is zipped and small is read, and unknown fields are as protobuf has them.
     let reply = raw_call(
@@ -118,7 +166,11 @@ async fn messages_that_are_too_long_or_no_messages_are_refused() {
     assert_eq!(reply.grpc_status, Some(0), "{reply:?}");
     let mut unknown = message("Hello".into());
     // Field 1000, length-delimited.
-    prost::encoding::encode_key(1000, prost::encoding::WireType::LengthDelimited, &mut unknown);
+    prost::encoding::encode_key(
+        1000,
+        prost::encoding::WireType::LengthDelimited,
+        &mut unknown,
+    );
     prost::encoding::encode_varint(900_000, &mut unknown);
     unknown.extend(vec![1; 900_000]);
     let reply = raw_call(server.address, GENERATE, &[], frame(false, &unknown)).await;
@@ -203,8 +255,7 @@ async fn thousands_of_streams_begun_and_reset_leave_nothing_behind() {
             continue;
         };
         for _ in 0..500 {
-            let Ok((response, mut sending)) =
-                send.send_request(post(GENERATE_STREAM, &[]), false)
+            let Ok((response, mut sending)) = send.send_request(post(GENERATE_STREAM, &[]), false)
             else {
                 break;
             };
@@ -301,7 +352,9 @@ async fn a_caller_that_leaves_frees_its_request_wherever_it_is() {
 
     // In the queue: the engine stands still.
     let plug = server.plug(1).await;
-    let queued = open_stream(&mut client, named("queued", raw("Hi", 400))).await.unwrap();
+    let queued = open_stream(&mut client, named("queued", raw("Hi", 400)))
+        .await
+        .unwrap();
     drop(queued);
     a_moment().await;
     drop(plug);
@@ -321,7 +374,9 @@ async fn a_caller_that_leaves_frees_its_request_wherever_it_is() {
     server.idle().await;
 
     // While decoding.
-    let mut decoding = open_stream(&mut client, named("decode", raw("Hi", 500))).await.unwrap();
+    let mut decoding = open_stream(&mut client, named("decode", raw("Hi", 500)))
+        .await
+        .unwrap();
     let plug = server.plug(20).await;
     for _ in 0..4 {
         decoding.message().await.unwrap().unwrap();
@@ -337,7 +392,10 @@ async fn a_caller_that_leaves_frees_its_request_wherever_it_is() {
         let mut client = server.generation().await;
         async move { unary(&mut client, named("unary", raw("Hi", 500))).await }
     });
-    eventually("the call does not arrive", || server.engine.load().waiting == 1).await;
+    eventually("the call does not arrive", || {
+        server.engine.load().waiting == 1
+    })
+    .await;
     call.abort();
     let _ = call.await;
     a_moment().await;
@@ -371,8 +429,9 @@ async fn a_caller_that_reads_nothing_slows_nobody_and_loses_nothing() {
         input.sampling.as_mut().unwrap().logprobs = Some(20);
         input.request_id = format!("slow-{number}");
         let body = framed(&GenerateStreamRequest { input: Some(input) });
-        let (response, mut sending) =
-            send.send_request(post(GENERATE_STREAM, &[]), false).unwrap();
+        let (response, mut sending) = send
+            .send_request(post(GENERATE_STREAM, &[]), false)
+            .unwrap();
         sending.send_data(body, true).unwrap();
         readers.push(response.await.unwrap().into_body());
         send = send.ready().await.unwrap();
@@ -396,7 +455,9 @@ async fn a_caller_that_reads_nothing_slows_nobody_and_loses_nothing() {
         assert!(matches!(end, Some(Event::Completed(_))));
     });
     let reads = futures::future::join_all(reads);
-    tokio::time::timeout(PATIENCE, reads).await.expect("the answers do not end");
+    tokio::time::timeout(PATIENCE, reads)
+        .await
+        .expect("the answers do not end");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -440,7 +501,10 @@ async fn a_deadline_ends_a_request_in_the_queue_and_while_it_runs() {
     };
     let plug = server.plug(5).await;
     let status = loop {
-        match tokio::time::timeout(PATIENCE, running.message()).await.unwrap() {
+        match tokio::time::timeout(PATIENCE, running.message())
+            .await
+            .unwrap()
+        {
             Ok(Some(message)) => {
                 let ended = matches!(message.event, Some(Event::Completed(_)));
                 // So fast a machine proves nothing here.
@@ -471,7 +535,9 @@ async fn a_full_queue_says_when_to_come_again() {
     for _ in 0..2 {
         waiting.push(open_stream(&mut client, raw("Waiting", 4)).await.unwrap());
     }
-    let status = unary(&mut client, raw("One too many", 4)).await.expect_err("refused");
+    let status = unary(&mut client, raw("One too many", 4))
+        .await
+        .expect_err("refused");
     let told = refusal(&status);
     assert_eq!(
         (told.code, told.reason.as_str()),
