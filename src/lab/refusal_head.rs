@@ -145,7 +145,10 @@ fn check(
         ));
     }
     let count = refusals.targets.len();
-    if count == 0 || refusals.states.len() != count * d_model || benign.len() % d_model != 0 {
+    if count == 0
+        || refusals.states.len() != count * d_model
+        || !benign.len().is_multiple_of(d_model)
+    {
         return Err(Error::internal("states do not match their targets"));
     }
     if refusals
