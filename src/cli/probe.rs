@@ -230,6 +230,7 @@ fn described(manifest: &Manifest) -> String {
             ]);
         }
     }
+    let [facts, metrics, thresholds] = [facts, metrics, thresholds].map(|table| table.trim_fmt());
     format!("{facts}\n\n{metrics}\n\n{thresholds}\n")
 }
 
