@@ -216,8 +216,9 @@ impl StepLoop {
     }
 
     fn sequence(&mut self, admission: Admission) -> Sequence {
-        let waiting = &self.shared.waiting;
-        waiting.fetch_sub(1, Ordering::AcqRel);
+        // Counted as running before it stops waiting, so that no reader sees neither.
+        self.shared.running.fetch_add(1, Ordering::AcqRel);
+        self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
         let queued = admission.request.prompt.tokens.len();
         self.shared.queued_tokens.fetch_sub(queued, Ordering::AcqRel);
         let (max_tokens, most_blocks) = self.needs(&admission);

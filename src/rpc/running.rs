@@ -7,6 +7,7 @@ use std::time::Instant;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream, Stream};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tonic::Status;
 
 use super::call::Call;
@@ -19,15 +20,17 @@ pub(super) struct Running {
     call: Call,
     started: Option<Instant>,
     tokens: u32,
-    ended: bool,
+    /// Held until the end, so that a drain knows what it waits for.
+    in_flight: Option<TaskTrackerToken>,
 }
 
 impl Running {
-    /// `stop` ends it when the server can wait no longer.
+    /// `stop` ends it when the server can wait no longer; `in_flight` is let go at its end.
     pub(super) fn new(
         events: impl Stream<Item = Event> + Send + 'static,
         call: Call,
         stop: CancellationToken,
+        in_flight: TaskTrackerToken,
     ) -> Self {
         Self {
             events: events.boxed(),
@@ -35,15 +38,13 @@ impl Running {
             call,
             started: None,
             tokens: 0,
-            ended: false,
+            in_flight: Some(in_flight),
         }
     }
 
     /// The next event; an error is the last. `None` after `Completed` or an error.
     pub(super) async fn next(&mut self) -> Option<Result<Event>> {
-        if self.ended {
-            return None;
-        }
+        self.in_flight.as_ref()?;
         let event = self.wait().await;
         match &event {
             Ok(Event::Started(_)) => self.started = Some(Instant::now()),
@@ -59,7 +60,7 @@ impl Running {
 
     /// Cancels what is still running.
     fn end(&mut self) {
-        self.ended = true;
+        self.in_flight = None;
         self.events = stream::empty().boxed();
     }
 
@@ -151,6 +152,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
+    use tokio_util::task::TaskTracker;
     use tonic::Code;
     use tonic::metadata::MetadataMap;
 
@@ -186,12 +188,10 @@ mod tests {
     }
 
     fn running(events: Vec<Event>, then: BoxStream<'static, Event>) -> Running {
+        let events = stream::iter(events).chain(then);
         let stop = CancellationToken::new();
-        Running::new(
-            stream::iter(events).chain(then),
-            call(Duration::from_secs(60)),
-            stop,
-        )
+        let in_flight = TaskTracker::new().token();
+        Running::new(events, call(Duration::from_secs(60)), stop, in_flight)
     }
 
     /// Stands for the engine's side of a request: knows when nobody listens any more.
@@ -236,8 +236,10 @@ mod tests {
         let guard = Arc::new(());
         let events = stream::iter([started(), delta(&[1, 2])]).chain(open(guard.clone()));
         let soon = call(Duration::from_millis(20));
-        let mut running = Running::new(events, soon, CancellationToken::new());
+        let tracker = TaskTracker::new();
+        let mut running = Running::new(events, soon, CancellationToken::new(), tracker.token());
         let seen = all(&mut running).await;
+        assert!(tracker.is_empty(), "a drain still waits for it");
         let Some(Err(Error::DeadlineExceeded { tokens_done, .. })) = seen.last() else {
             panic!("{seen:?}");
         };
@@ -251,7 +253,8 @@ mod tests {
         let stop = CancellationToken::new();
         stop.cancel();
         let events = stream::iter([started(), delta(&[1])]).chain(open(guard.clone()));
-        let mut running = Running::new(events, call(Duration::from_secs(60)), stop);
+        let in_flight = TaskTracker::new().token();
+        let mut running = Running::new(events, call(Duration::from_secs(60)), stop, in_flight);
         let seen = all(&mut running).await;
         assert!(matches!(
             seen.as_slice(),

@@ -10,6 +10,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tonic::codec::CompressionEncoding;
 use tonic::server::NamedService;
 use tonic::transport::Server;
@@ -48,7 +49,6 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// For connections to close by themselves once no request runs; a peer that never reads would take for ever.
 const GOODBYE: Duration = Duration::from_secs(1);
 const HEALTH_PERIOD: Duration = Duration::from_millis(200);
-const DRAIN_PERIOD: Duration = Duration::from_millis(20);
 const UPKEEP_PERIOD: Duration = Duration::from_secs(5);
 
 /// What every service needs. Cheap to clone.
@@ -61,6 +61,8 @@ pub struct Served {
     /// Ends what still runs when a drain has taken too long.
     stop: CancellationToken,
     draining: CancellationToken,
+    /// Requests whose end has not been told yet.
+    in_flight: TaskTracker,
     /// Tokenising is work for a core: more at once would only slow the engine.
     tokenisers: Arc<Semaphore>,
 }
@@ -80,6 +82,7 @@ impl Served {
             deadlines,
             stop: CancellationToken::new(),
             draining: CancellationToken::new(),
+            in_flight: TaskTracker::new(),
             tokenisers: Arc::new(Semaphore::new(cores)),
         }
     }
@@ -147,7 +150,8 @@ impl Served {
             let event = events.next().await?;
             Some((event, events))
         });
-        Ok(Running::new(events, call.clone(), self.stop.clone()))
+        let (call, stop) = (call.clone(), self.stop.clone());
+        Ok(Running::new(events, call, stop, self.in_flight.token()))
     }
 
     pub(super) async fn start(&self, call: &Call, draft: Draft) -> Result<(Running, Terms)> {
@@ -160,16 +164,7 @@ impl Served {
     fn begin_drain(&self) {
         self.draining.cancel();
         self.engine.drain();
-    }
-
-    async fn idle(&self) {
-        loop {
-            let load = self.engine.load();
-            if (load.running == 0 && load.waiting == 0) || !self.engine.is_alive() {
-                return;
-            }
-            tokio::time::sleep(DRAIN_PERIOD).await;
-        }
+        self.in_flight.close();
     }
 }
 
@@ -227,7 +222,7 @@ pub async fn serve(
     }
     served.begin_drain();
     // The listener stays open meanwhile, so that callers hear UNAVAILABLE and health checks NOT_SERVING.
-    let drained = tokio::time::timeout(grace, served.idle());
+    let drained = tokio::time::timeout(grace, served.in_flight.wait());
     tokio::select! {
         ended = &mut server => return ended.map_err(stopped),
         drained = drained => {
