@@ -13,7 +13,7 @@ fn main() -> ExitCode {
         EnvFilter::try_from_env("INWIT_LOG").unwrap_or_else(|_| EnvFilter::new(log_filter(&cli)));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
         .with_writer(std::io::stderr);
     if json_log(&cli) {
         log.json().init();

@@ -19,7 +19,7 @@ use clap::{Parser, Subcommand};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-pub use open::{Callers, Opened, open};
+pub use open::{Opened, open};
 
 /// An inference server that watches its own activations while it generates, and acts on what it sees.
 #[derive(Debug, Parser)]

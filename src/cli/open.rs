@@ -74,6 +74,8 @@ impl ModelArgs {
             max_running: self.max_running.clone(),
             kv_memory: self.kv_memory.clone(),
             context_limit: self.context_limit.clone(),
+            // Whoever runs the command is the operator.
+            overrides: Some("allow".into()),
             mode: mode.map(str::to_owned),
             policy: policy.map(str::to_owned),
             ..Flags::default()
@@ -84,7 +86,7 @@ impl ModelArgs {
     pub(super) async fn bench(&self, mode: Option<&str>, policy: Option<&str>) -> Result<Bench> {
         let config = self.load(mode, policy)?;
         let in_flight = config.max_running + config.max_waiting / 2;
-        let opened = open(&config, Callers::Free, Arc::new(crate::journal::Discard)).await?;
+        let opened = open(&config, Arc::new(crate::journal::Discard)).await?;
         Ok(Bench {
             snapshot: opened.registry.snapshot(),
             engine: opened.engine,
@@ -99,7 +101,7 @@ impl ModelArgs {
     pub(super) async fn output_head(&self) -> Result<candle_core::Tensor> {
         let model = self.load(Some("off"), Some("off"))?.model;
         let read = move || {
-            let source = Source::open(&model_path(&model)?)?;
+            let source = Source::open(&super::pull::fetch(&model)?)?;
             let name = match source.config.tied_embeddings {
                 true => "model.embed_tokens.weight",
                 false => "lm_head.weight",
@@ -128,25 +130,12 @@ pub struct Opened {
     pub watched: bool,
 }
 
-/// What callers may do about a policy that the server enforces.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Callers {
-    /// Nothing: neither another policy nor a weaker mode.
-    Held,
-    /// Choose policy and mode, request by request.
-    Free,
-}
-
 /// Opens the model's files, checks that weights and KV fit in memory, starts the engine, loads the
 /// library and runs the canaries of probes that were fitted on other weights.
 ///
 /// # Errors
 /// `Config` with the flag that helps, or `File` with what is wrong in which file.
-pub async fn open(
-    config: &Config,
-    callers: Callers,
-    sink: Arc<dyn DecisionSink>,
-) -> Result<Opened> {
+pub async fn open(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<Opened> {
     let settings = config.clone();
     let (engine, thread) = tokio::task::spawn_blocking(move || start_engine(&settings, sink))
         .await
@@ -156,7 +145,7 @@ pub async fn open(
         mode: mode(config.mode),
         policy: None,
         max_tokens: config.max_tokens_default,
-        overrides: callers == Callers::Free || config.overrides == Overrides::Allow,
+        overrides: config.overrides == Overrides::Allow,
     };
     run_canaries(&engine, &registry, &defaults).await?;
     let snapshot = registry.snapshot();
@@ -173,7 +162,7 @@ pub async fn open(
 }
 
 fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine, EngineThread)> {
-    let source = Source::open(&model_path(&config.model)?)?;
+    let source = Source::open(&super::pull::fetch(&config.model)?)?;
     let weights = weight_format(config.weights, &source);
     let kv_type = match config.kv {
         config::KvType::F32 => KvType::F32,
@@ -203,24 +192,6 @@ fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine,
         ..EngineOptions::default()
     };
     Engine::start(Model::load(&source, &placement)?, options, sink)
-}
-
-/// A path as it is; a known name is fetched when it is not here yet.
-fn model_path(model: &str) -> Result<PathBuf> {
-    let path = Path::new(model);
-    if path.exists() {
-        return Ok(path.to_owned());
-    }
-    // `organisation/name` is a Hugging Face repository; anything else with a separator is a path.
-    let repository = model.matches('/').count() == 1 && !model.starts_with(['/', '.', '~']);
-    let has_separator = model.contains(std::path::MAIN_SEPARATOR) && !repository;
-    if has_separator || model.ends_with(".gguf") {
-        return Err(Error::Config(format!(
-            "--model: there is no file or folder `{model}`; give a GGUF file, a Hugging Face folder, \
-             or a known name such as smollm2-135m-instruct"
-        )));
-    }
-    super::pull::fetch(model)
 }
 
 /// `auto` keeps what the file holds: bf16 where every weight is, f32 otherwise.
@@ -521,17 +492,6 @@ mod tests {
             .expect_err("refused")
             .to_string();
         assert!(error.contains("--weights bf16"), "{error}");
-    }
-
-    #[test]
-    fn a_model_that_is_not_there_is_named_with_what_would_do() {
-        let error = model_path("nowhere/model.gguf")
-            .expect_err("refused")
-            .to_string();
-        assert!(
-            error.contains("--model") && error.contains("nowhere"),
-            "{error}"
-        );
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::open::{ModelArgs, ticking};
 use super::progress::Progress;
 use super::terminal::{note, print};
 use super::{Exit, wait};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::lab::fit::{Options, fit, unfit};
 
 #[derive(Debug, Subcommand)]
@@ -119,10 +119,7 @@ async fn run_fit(args: FitArgs) -> Result<Exit> {
 }
 
 fn show(file: &std::path::Path) -> Result<Exit> {
-    let probe = Probe::load(file).map_err(|error| match error {
-        inwit_probes::Error::InFile { file, source } => Error::file(file, source),
-        error => Error::file(file.display(), error),
-    })?;
+    let probe = Probe::load(file).map_err(unfit)?;
     print(&described(probe.manifest()))?;
     print(&format!("content hash  {}\n", probe.content_hash()))?;
     Ok(Exit::Done)
@@ -233,6 +230,7 @@ fn described(manifest: &Manifest) -> String {
             ]);
         }
     }
+    let [facts, metrics, thresholds] = [facts, metrics, thresholds].map(|table| table.trim_fmt());
     format!("{facts}\n\n{metrics}\n\n{thresholds}\n")
 }
 

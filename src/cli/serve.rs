@@ -2,7 +2,6 @@
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::open::Callers;
 use super::server::{Running, start};
 use super::terminal::{note, print};
 use super::{Exit, runtime};
@@ -36,7 +35,7 @@ pub(super) fn run(args: &Args) -> Result<Exit> {
     let ended = runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let running = tokio::select! {
-            running = start(&config, Callers::Held) => running?,
+            running = start(&config) => running?,
             // Nothing runs yet that could be finished.
             () = signals.next() => return Ok(Exit::Done),
         };

@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::open::{Callers, Opened, open};
+use super::open::{Opened, open};
 use crate::config::Config;
 use crate::engine::handle::{Engine, EngineThread};
 use crate::error::{Error, Result};
@@ -44,7 +44,7 @@ pub struct Running {
 ///
 /// # Errors
 /// `Config` for an address that cannot be had and for what does not fit in memory, `File` for files.
-pub async fn start(config: &Config, callers: Callers) -> Result<Running> {
+pub async fn start(config: &Config) -> Result<Running> {
     // First, since a taken port is known at once and a model takes seconds to load.
     let listener = bind("--listen", config.listen).await?;
     let http_listener = match config.http_listen {
@@ -62,7 +62,7 @@ pub async fn start(config: &Config, callers: Callers) -> Result<Running> {
         registry,
         defaults,
         watched,
-    } = open(config, callers, decisions.clone()).await?;
+    } = open(config, decisions.clone()).await?;
 
     let deadlines = Deadlines {
         default: config.default_deadline,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use futures::{StreamExt, stream};
 use inwit_probes::Site;
 
+use super::fit::unfit;
 use super::output::end_without_token;
 use super::rows::{Row, RowPrompt, at};
 use crate::engine::event::{Captured, Completed, Event, FinishReason, Score};
@@ -61,7 +62,7 @@ impl Bench {
     pub fn check_sites(&self, sites: &[Site]) -> Result<()> {
         for (index, site) in sites.iter().enumerate() {
             site.check(self.engine.info().config.n_layers)
-                .map_err(|error| Error::invalid("site", error.to_string()))?;
+                .map_err(unfit)?;
             if sites[..index].contains(site) {
                 return Err(Error::invalid("site", format!("{site} is named twice")));
             }

@@ -32,9 +32,6 @@ const ANSWER_LENGTHS: [u32; 3] = [64, 256, 1024];
 const CANARIES_PER_SIGN: usize = 8;
 const RESAMPLES: usize = 1000;
 
-/// A figure of logits and their labels.
-type Statistic<'a> = dyn Fn(&[f32], &[bool]) -> inwit_probes::Result<f64> + 'a;
-
 /// What to fit, and on what.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -172,18 +169,37 @@ pub async fn fit(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Fit
 pub fn identity(bench: &Bench) -> ModelIdentity {
     let info = bench.engine.info();
     ModelIdentity {
-        name: info.name.clone(),
+        name: one_word(&info.name),
         architecture_id: info.identity.architecture_id.clone(),
         weights_id: info.identity.weights_id.clone(),
         weight_format: info.weight_format.to_string(),
     }
 }
 
+/// A model file may give itself any name; artefacts carry one of printable ASCII without spaces.
+fn one_word(name: &str) -> String {
+    let word: String = name
+        .chars()
+        .map(|c| if c.is_ascii_graphic() { c } else { '-' })
+        .take(128)
+        .collect();
+    if word.is_empty() {
+        "unnamed".into()
+    } else {
+        word
+    }
+}
+
 /// An error of the probe crate, as one of ours: its texts name field and remedy already.
 pub fn unfit(error: inwit_probes::Error) -> Error {
-    Error::FailedPrecondition {
-        subject: "probe".into(),
-        message: error.to_string(),
+    match error {
+        inwit_probes::Error::Invalid { field, message } => Error::invalid(field, message),
+        inwit_probes::Error::InFile { file, source } => Error::file(file, source),
+        inwit_probes::Error::Io { file, message } => Error::file(file, message),
+        error => Error::FailedPrecondition {
+            subject: "probe".into(),
+            message: error.to_string(),
+        },
     }
 }
 
@@ -219,6 +235,9 @@ fn check(options: &Options) -> Result<()> {
     }
     Ok(())
 }
+
+/// A measure of logits and labels.
+type Statistic<'a> = &'a dyn Fn(&[f32], &[bool]) -> inwit_probes::Result<f64>;
 
 /// One request as the fitted probe sees it.
 #[derive(Clone, Debug)]
@@ -461,7 +480,7 @@ impl<'a> Work<'a> {
         let choose = |rows: &[usize]| -> (Vec<f32>, Vec<bool>) {
             rows.iter().map(|row| (logits[*row], y[*row])).unzip()
         };
-        let interval = |statistic: &Statistic<'_>| {
+        let interval = |statistic: Statistic<'_>| {
             bootstrap_by_group(group, RESAMPLES, self.options.seed, |rows| {
                 let (logits, y) = choose(rows);
                 statistic(&logits, &y)
@@ -802,6 +821,12 @@ mod tests {
         assert_eq!(scored.gathered(&Gather::Last, usize::MAX), 2.0);
         assert_eq!(scored.highest(&Gather::Last, usize::MAX), 5.0);
         assert_eq!(scored.highest(&Gather::Last, 1), 1.0);
+    }
+
+    #[test]
+    fn a_model_name_with_spaces_becomes_one_word() {
+        assert_eq!(one_word("SmolLM2 135M Instruct"), "SmolLM2-135M-Instruct");
+        assert_eq!(one_word(""), "unnamed");
     }
 
     #[test]

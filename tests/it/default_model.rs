@@ -1,6 +1,5 @@
 //! The default model with what ships for it: one pass end to end per action, over a real socket.
 
-use inwit::cli::Callers;
 use inwit::cli::server::{Running, start};
 use inwit::config::{Config, Flags};
 use inwit::rpc::proto::generation_input::Prompt;
@@ -29,10 +28,11 @@ async fn server() -> (Running, GenerationServiceClient<Channel>) {
         model: Some(model.display().to_string()),
         listen: Some("127.0.0.1:0".into()),
         http_listen: Some("off".into()),
+        overrides: Some("allow".into()),
         ..Flags::default()
     })
     .unwrap();
-    let running = start(&config, Callers::Free).await.unwrap();
+    let running = start(&config).await.unwrap();
     let address = format!("http://{}", running.address);
     let client = GenerationServiceClient::connect(address).await.unwrap();
     (running, client)
