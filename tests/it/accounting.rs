@@ -119,7 +119,8 @@ fn an_id_in_flight_is_taken_and_free_once_its_end_is_told() {
         .collect();
     gate.let_on(1000);
     Outcome::of(first).completed();
-    Outcome::of(twin).completed();
+    let mut twin = twin;
+    while !matches!(twin.blocking_next(), Some(Event::Completed(_))) {}
     rig.run(&snapshot, short().named("twin")).completed();
     drop(crowd);
 }
@@ -230,14 +231,18 @@ fn what_does_not_fit_is_refused_and_what_just_fits_is_served() {
 #[test]
 fn more_requests_than_blocks_all_get_their_turn() {
     let rig = Rig::start(Setup {
-        context: Some(128),
-        max_running: 2,
+        kv_blocks: 20,
         ..LLAMA
     });
     let snapshot = snapshot(&rig);
-    let outcomes = rig.run_all(&snapshot, (0..20).map(|seed| draft(prompt(seed, 110))));
-    assert!(outcomes.iter().all(|o| o.tokens().len() == 10));
+    // Eight blocks each: two run at once, all others wait.
+    let outcomes = rig.run_all(&snapshot, (0..20).map(|seed| draft(prompt(seed, 110)).most(18)));
+    for outcome in outcomes {
+        assert_eq!(outcome.tokens().len(), 18, "{:?}", outcome.error);
+    }
     rig.settle();
+    let whole = rig.run(&snapshot, draft(prompt(99, 300)).most(20));
+    assert_eq!(whole.tokens().len(), 20);
 }
 
 const POLICIES: [&str; 9] = [

@@ -352,6 +352,23 @@ fn sure_policy(bench: &Bench, action: &str) -> Arc<Snapshot> {
 }
 
 #[test]
+fn what_was_withdrawn_is_no_part_of_any_score() {
+    let bench = Bench::new(LLAMA);
+    for t in [1, 6, ANSWER as usize] {
+        let snapshot = bench.snapshot(t, 1, "\"refusal_head\"");
+        let rewound = bench.rig.run(&snapshot, plain().monitored(Mode::Enforce, "p"));
+        let from_start = Draft {
+            refusal_head: Some("refusing".into()),
+            ..plain().monitored(Mode::Shadow, "p")
+        };
+        let expected = bench.rig.run(&snapshot, from_start);
+        let scores = &rewound.completed().scores;
+        assert_eq!(scores.len(), PROBES as usize);
+        assert_eq!(scores, &expected.completed().scores, "token {t}");
+    }
+}
+
+#[test]
 fn a_more_severe_rule_fires_on_top_of_a_milder_one() {
     let bench = Bench::new(LLAMA);
     let document = "[[detector]]\nname = \"end\"\nprobe = \"end\"\nthreshold_logit = -1e30\n\

@@ -16,7 +16,7 @@ use inwit::error::{Error, Result};
 use inwit::hooks::Site;
 use inwit::journal::Memory;
 use inwit::model::kernels::{KvType, WeightFormat};
-use inwit::model::{Placement, Source};
+use inwit::model::{KvCache, Placement, Source};
 use inwit::policy::{Action, DecisionRecord, DecisionSink, Mode};
 use inwit::registry::{LibraryFile, ModelIds, Snapshot};
 use inwit_probes::{
@@ -37,6 +37,8 @@ pub(crate) struct Setup {
     pub(crate) max_running: usize,
     pub(crate) max_waiting: usize,
     pub(crate) context: Option<usize>,
+    /// Of memory for keys and values.
+    pub(crate) kv_blocks: u64,
 }
 
 pub(crate) const LLAMA: Setup = Setup {
@@ -47,6 +49,7 @@ pub(crate) const LLAMA: Setup = Setup {
     max_running: 32,
     max_waiting: 256,
     context: None,
+    kv_blocks: 4096,
 };
 
 pub(crate) const GEMMA: Setup = Setup {
@@ -99,7 +102,7 @@ impl Rig {
             max_running: setup.max_running,
             max_waiting: setup.max_waiting,
             step_token_budget: setup.budget,
-            kv_bytes: 64 << 20,
+            kv_bytes: setup.kv_blocks * KvCache::block_bytes(model.decoder.config(), setup.kv),
             kv_type: setup.kv,
             threads: 1,
             context_limit: setup.context,
