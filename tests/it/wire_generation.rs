@@ -214,7 +214,10 @@ async fn an_abort_is_a_status_before_the_first_token_and_an_end_after_it() {
     assert!(early.token_ids.is_empty() && early.text.is_empty());
     let late = ask(&server, enforced("at-4-abort", prompt())).await;
     check_end(&late, FinishReason::RefusedByPolicy, PolicyAction::Abort);
-    assert!(late.text.is_empty() && late.token_ids.is_empty(), "{late:?}");
+    assert!(
+        late.text.is_empty() && late.token_ids.is_empty(),
+        "{late:?}"
+    );
     // Held back until the verdict, nothing has left: a status again.
     let mut held = enforced("at-4-abort", prompt());
     held.monitor.as_mut().unwrap().hold_back = Some(4);
@@ -268,7 +271,9 @@ async fn in_shadow_verdicts_are_told_and_not_acted_upon() {
         assert_eq!(answer.text, plain.text, "{policy}");
         check_end(&answer, FinishReason::Length, action);
         assert!(answer.verdicts.iter().all(|verdict| verdict.shadow));
-        let decision = server.decision(&answer.started.as_ref().unwrap().request_id).await;
+        let decision = server
+            .decision(&answer.started.as_ref().unwrap().request_id)
+            .await;
         assert_eq!(decision.mode, Mode::Shadow);
         assert!(decision.actions.iter().all(|action| action.shadow));
     }
@@ -288,14 +293,24 @@ async fn in_shadow_verdicts_are_told_and_not_acted_upon() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scores_and_names_are_told_only_to_who_asks() {
     let server = start().await;
-    for policy in ["at-prompt-refuse", "at-4-flag", "calm-abort", "broken-4-flag"] {
+    for policy in [
+        "at-prompt-refuse",
+        "at-4-flag",
+        "calm-abort",
+        "broken-4-flag",
+    ] {
         let silent = ask(&server, enforced(policy, prompt())).await;
         let told = format!("{:?}", silent.events);
         for word in SECRETS.iter().chain(&["calm", "rule\"", "detector\""]) {
             assert!(!told.contains(&format!("\"{word}")), "{word}: {told}");
         }
         assert!(silent.completed().scores.is_empty());
-        assert!(silent.verdicts.iter().all(|v| v.evidence.is_empty() && v.rule.is_empty()));
+        assert!(
+            silent
+                .verdicts
+                .iter()
+                .all(|v| v.evidence.is_empty() && v.rule.is_empty())
+        );
     }
 
     let open = ask(&server, telling(enforced("at-4-flag", prompt()))).await;
@@ -324,7 +339,12 @@ async fn scores_and_names_are_told_only_to_who_asks() {
     let expected: Vec<i64> = (prompt_tokens..prompt_tokens + i64::from(LENGTH)).collect();
     assert_eq!(positions, expected);
     // One gathered score per detector, and per probe without one; a probe that failed has none.
-    let gathered: BTreeSet<_> = open.completed().scores.iter().map(|s| s.probe.as_str()).collect();
+    let gathered: BTreeSet<_> = open
+        .completed()
+        .scores
+        .iter()
+        .map(|s| s.probe.as_str())
+        .collect();
     assert!(gathered.contains("at-4") && gathered.contains("calm"));
     assert!(!gathered.contains("broken-4"));
 }
@@ -378,7 +398,11 @@ async fn a_request_of_another_form_is_marked_or_refused() {
         check_end(&outside, FinishReason::Length, PolicyAction::Allow);
         let refused = ask(&server, enforced("strangers", input)).await;
         assert_eq!(refused.text, REFUSAL);
-        check_end(&refused, FinishReason::RefusedByPolicy, PolicyAction::Refuse);
+        check_end(
+            &refused,
+            FinishReason::RefusedByPolicy,
+            PolicyAction::Refuse,
+        );
     }
     let served = ask(&server, enforced("strangers", prompt())).await;
     assert_eq!(served.text, inside.text);
@@ -431,7 +455,10 @@ async fn interventions_by_name_and_by_value_are_the_same() {
     let twice = vec![by_name(1.0), by_value(&values, 2.0)];
     assert_eq!(steered(&server, twice).await, named);
     assert_eq!(steered(&server, vec![by_name(0.0)]).await, plain);
-    assert_eq!(steered(&server, vec![by_value(&[0.0; D_MODEL], 3.0)]).await, plain);
+    assert_eq!(
+        steered(&server, vec![by_value(&[0.0; D_MODEL], 3.0)]).await,
+        plain
+    );
     // A condition that holds changes nothing, one that does not leaves the row alone.
     let only_if = |above: f32| Intervention {
         condition: Some(Condition {

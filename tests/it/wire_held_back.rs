@@ -11,15 +11,14 @@ use inwit::policy::Mode;
 use inwit::rpc::proto::generate_stream_response::Event;
 use inwit::rpc::proto::generation_service_client::GenerationServiceClient;
 use inwit::rpc::proto::{
-    FinishReason, GenerateResponse, GenerateStreamRequest, GenerateStreamResponse,
-    GenerationInput, MonitorMode, PolicyAction, SamplingOptions,
+    FinishReason, GenerateResponse, GenerateStreamRequest, GenerateStreamResponse, GenerationInput,
+    MonitorMode, PolicyAction, SamplingOptions,
 };
 use inwit_probes::Positions;
 use tonic::transport::Channel;
 
 use crate::wire_support::{
-    Answer, GENERATE_STREAM, Library, Server, Setup, enforced, framed, raw, raw_call, stream,
-    unary,
+    Answer, GENERATE_STREAM, Library, Server, Setup, enforced, framed, raw, raw_call, stream, unary,
 };
 
 const REFUSAL: &str = "I can't help with that. ✋";
@@ -76,7 +75,9 @@ impl Plain {
         let tokenizer = server.engine.tokenizer();
         let bytes = reply.token_ids.iter();
         Self {
-            bytes: bytes.map(|id| tokenizer.token_bytes(*id).to_vec()).collect(),
+            bytes: bytes
+                .map(|id| tokenizer.token_bytes(*id).to_vec())
+                .collect(),
             reply,
         }
     }
@@ -166,7 +167,11 @@ async fn check_all_ways(
     let (counted, usage) = (whole.usage.unwrap(), completed.usage.unwrap());
     assert_eq!(counted.completion_tokens, usage.completion_tokens, "{case}");
     assert_eq!(counted.withheld_tokens, usage.withheld_tokens, "{case}");
-    assert_eq!(whole.token_ids.len() as u32, usage.completion_tokens, "{case}");
+    assert_eq!(
+        whole.token_ids.len() as u32,
+        usage.completion_tokens,
+        "{case}"
+    );
 }
 
 /// The row that the offline commands would write: the engine's own events, folded.
@@ -204,7 +209,12 @@ async fn offline(server: &Server, input: &GenerationInput) -> inwit::error::Resu
         deadline: None,
     };
     let snapshot = server.registry.snapshot();
-    let request = prepare(draft, &server.engine, &Arc::clone(&snapshot), &server.defaults)?;
+    let request = prepare(
+        draft,
+        &server.engine,
+        &Arc::clone(&snapshot),
+        &server.defaults,
+    )?;
     let mut events = server.engine.submit(request)?;
     let mut folded = Folded::default();
     while let Some(event) = events.next().await {
@@ -276,7 +286,12 @@ async fn no_withheld_token_is_ever_on_the_wire() {
     let mut client = server.generation().await;
     let input = input(|_| {});
     let plain = Plain::of(&server, &mut client, input.clone()).await;
-    assert_eq!(plain.reply.token_ids.len() as u32, LENGTH, "{:?}", plain.reply);
+    assert_eq!(
+        plain.reply.token_ids.len() as u32,
+        LENGTH,
+        "{:?}",
+        plain.reply
+    );
     // The first token, some in between, the last one.
     for fires_at in [1, 2, 7, LENGTH - 1, LENGTH] {
         check_place(&server, &mut client, &plain, &input, fires_at, "refuse").await;
@@ -327,7 +342,12 @@ async fn split_character(
             let (so_far, next) = (plain.first(place), &plain.bytes[place]);
             let open = std::str::from_utf8(&so_far)
                 .is_err_and(|e| e.error_len().is_none() && so_far.len() > e.valid_up_to());
-            let lead = so_far.len() - so_far.iter().rev().take_while(|b| **b & 0xc0 == 0x80).count();
+            let lead = so_far.len()
+                - so_far
+                    .iter()
+                    .rev()
+                    .take_while(|b| **b & 0xc0 == 0x80)
+                    .count();
             let whole = [&so_far[lead.saturating_sub(1)..], next].concat();
             // Valid up to here but for the one character that the next token completes.
             if open && std::str::from_utf8(&whole).is_ok() {

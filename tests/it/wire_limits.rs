@@ -15,7 +15,7 @@ use inwit::rpc::proto::{
 use prost::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tonic::{Code, Request};
+use tonic::Code;
 
 use crate::wire_support::{
     GENERATE, GENERATE_STREAM, PATIENCE, Raw, Server, Setup, a_moment, eventually, frame, framed,
@@ -81,21 +81,66 @@ async fn messages_that_are_too_long_or_no_messages_are_refused() {
     let gzip = [("grpc-encoding", "gzip")];
     let cases: Vec<(&str, &[(&str, &str)], Bytes, Code)> = vec![
         ("1 MiB and more", &[], frame(false, &long), Code::OutOfRange),
-        ("4 GiB declared", &[], Bytes::from_static(&[0, 255, 255, 255, 255]), Code::OutOfRange),
-        ("a gzip bomb", &gzip, frame(true, &bomb), Code::ResourceExhausted),
-        ("zipped, unannounced", &[], frame(true, &zipped(&message("Hi".into()))), Code::Internal),
-        ("zipped garbage", &gzip, frame(true, b"no gzip at all"), Code::Internal),
+        (
+            "4 GiB declared",
+            &[],
+            Bytes::from_static(&[0, 255, 255, 255, 255]),
+            Code::OutOfRange,
+        ),
+        (
+            "a gzip bomb",
+            &gzip,
+            frame(true, &bomb),
+            Code::ResourceExhausted,
+        ),
+        (
+            "zipped, unannounced",
+            &[],
+            frame(true, &zipped(&message("Hi".into()))),
+            Code::Internal,
+        ),
+        (
+            "zipped garbage",
+            &gzip,
+            frame(true, b"no gzip at all"),
+            Code::Internal,
+        ),
         (
             "an unknown encoding",
             &[("grpc-encoding", "br")],
             frame(true, b"?"),
             Code::Unimplemented,
         ),
-        ("an unknown flag", &[], Bytes::from_static(&[7, 0, 0, 0, 1, 0]), Code::Internal),
-        ("garbage", &[], frame(false, &[0xff; 64]), Code::InvalidArgument),
-        ("too deep", &[], frame(false, &nested(100_000)), Code::InvalidArgument),
-        ("no UTF-8", &[], frame(false, &not_utf8), Code::InvalidArgument),
-        ("a message cut short", &[], frame(false, &cut), Code::InvalidArgument),
+        (
+            "an unknown flag",
+            &[],
+            Bytes::from_static(&[7, 0, 0, 0, 1, 0]),
+            Code::Internal,
+        ),
+        (
+            "garbage",
+            &[],
+            frame(false, &[0xff; 64]),
+            Code::InvalidArgument,
+        ),
+        (
+            "too deep",
+            &[],
+            frame(false, &nested(100_000)),
+            Code::InvalidArgument,
+        ),
+        (
+            "no UTF-8",
+            &[],
+            frame(false, &not_utf8),
+            Code::InvalidArgument,
+        ),
+        (
+            "a message cut short",
+            &[],
+            frame(false, &cut),
+            Code::InvalidArgument,
+        ),
     ];
     for (case, headers, body, code) in cases {
         let reply = raw_call(server.address, GENERATE, headers, body).await;
@@ -105,7 +150,10 @@ async fn messages_that_are_too_long_or_no_messages_are_refused() {
     // No message at all, or not all of it.
     for body in [Bytes::new(), a_request().slice(..7)] {
         let reply = raw_call(server.address, GENERATE, &[], body).await;
-        assert!(reply.grpc_status.is_some_and(|status| status != 0), "{reply:?}");
+        assert!(
+            reply.grpc_status.is_some_and(|status| status != 0),
+            "{reply:?}"
+        );
     }
     // What is zipped and small is read, and unknown fields are as protobuf has them.
     let reply = raw_call(
@@ -118,7 +166,11 @@ async fn messages_that_are_too_long_or_no_messages_are_refused() {
     assert_eq!(reply.grpc_status, Some(0), "{reply:?}");
     let mut unknown = message("Hello".into());
     // Field 1000, length-delimited.
-    prost::encoding::encode_key(1000, prost::encoding::WireType::LengthDelimited, &mut unknown);
+    prost::encoding::encode_key(
+        1000,
+        prost::encoding::WireType::LengthDelimited,
+        &mut unknown,
+    );
     prost::encoding::encode_varint(900_000, &mut unknown);
     unknown.extend(vec![1; 900_000]);
     let reply = raw_call(server.address, GENERATE, &[], frame(false, &unknown)).await;
@@ -203,8 +255,7 @@ async fn thousands_of_streams_begun_and_reset_leave_nothing_behind() {
             continue;
         };
         for _ in 0..500 {
-            let Ok((response, mut sending)) =
-                send.send_request(post(GENERATE_STREAM, &[]), false)
+            let Ok((response, mut sending)) = send.send_request(post(GENERATE_STREAM, &[]), false)
             else {
                 break;
             };
@@ -301,7 +352,9 @@ async fn a_caller_that_leaves_frees_its_request_wherever_it_is() {
 
     // In the queue: the engine stands still.
     let plug = server.plug(1).await;
-    let queued = open_stream(&mut client, named("queued", raw("Hi", 400))).await.unwrap();
+    let queued = open_stream(&mut client, named("queued", raw("Hi", 400)))
+        .await
+        .unwrap();
     drop(queued);
     a_moment().await;
     drop(plug);
@@ -321,7 +374,9 @@ async fn a_caller_that_leaves_frees_its_request_wherever_it_is() {
     server.idle().await;
 
     // While decoding.
-    let mut decoding = open_stream(&mut client, named("decode", raw("Hi", 500))).await.unwrap();
+    let mut decoding = open_stream(&mut client, named("decode", raw("Hi", 500)))
+        .await
+        .unwrap();
     let plug = server.plug(20).await;
     for _ in 0..4 {
         decoding.message().await.unwrap().unwrap();
@@ -337,7 +392,10 @@ async fn a_caller_that_leaves_frees_its_request_wherever_it_is() {
         let mut client = server.generation().await;
         async move { unary(&mut client, named("unary", raw("Hi", 500))).await }
     });
-    eventually("the call does not arrive", || server.engine.load().waiting == 1).await;
+    eventually("the call does not arrive", || {
+        server.engine.load().waiting == 1
+    })
+    .await;
     call.abort();
     let _ = call.await;
     a_moment().await;
@@ -371,8 +429,9 @@ async fn a_caller_that_reads_nothing_slows_nobody_and_loses_nothing() {
         input.sampling.as_mut().unwrap().logprobs = Some(20);
         input.request_id = format!("slow-{number}");
         let body = framed(&GenerateStreamRequest { input: Some(input) });
-        let (response, mut sending) =
-            send.send_request(post(GENERATE_STREAM, &[]), false).unwrap();
+        let (response, mut sending) = send
+            .send_request(post(GENERATE_STREAM, &[]), false)
+            .unwrap();
         sending.send_data(body, true).unwrap();
         readers.push(response.await.unwrap().into_body());
         send = send.ready().await.unwrap();
@@ -396,65 +455,78 @@ async fn a_caller_that_reads_nothing_slows_nobody_and_loses_nothing() {
         assert!(matches!(end, Some(Event::Completed(_))));
     });
     let reads = futures::future::join_all(reads);
-    tokio::time::timeout(PATIENCE, reads).await.expect("the answers do not end");
+    tokio::time::timeout(PATIENCE, reads)
+        .await
+        .expect("the answers do not end");
+}
+
+/// A call under a deadline, by the server's clock alone: a client would have one of its own.
+async fn timed(server: &Server, id: &str, timeout: &str) -> Raw {
+    let input = named(id, raw("Late", 500));
+    let body = framed(&GenerateStreamRequest { input: Some(input) });
+    raw_call(
+        server.address,
+        GENERATE_STREAM,
+        &[("grpc-timeout", timeout)],
+        body,
+    )
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deadline_ends_a_request_in_the_queue_and_while_it_runs() {
     let server = start().await;
-    let mut client = server.generation().await;
-    let timed = |id: &str, milliseconds: u64, max_tokens: u32| {
-        let mut request = Request::new(GenerateRequest {
-            input: Some(named(id, raw("Late", max_tokens))),
-        });
-        // As text, so that only the server's clock counts.
-        let value = format!("{milliseconds}m").parse().unwrap();
-        request.metadata_mut().insert("grpc-timeout", value);
-        request
+    // Before the stream has begun the transport keeps the same deadline, and calls it CANCELLED
+    // where it is the first to notice.
+    let late = |reply: &Raw| {
+        reply.grpc_status == Some(Code::DeadlineExceeded as i32)
+            || reply.grpc_status == Some(Code::Cancelled as i32)
     };
-    let check = |status: tonic::Status, case: &str| {
-        let told = refusal(&status);
-        assert_eq!(
-            (told.code, told.reason.as_str()),
-            (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
-            "{case}: {status:?}"
-        );
-    };
-    // In the queue, and with a deadline that was over before it began.
+    let reply = timed(&server, "at-once", "1n").await;
+    assert!(late(&reply), "{reply:?}");
+
+    // The engine stands still until the time is up.
     let plug = server.plug(1).await;
-    for milliseconds in [1, 30] {
-        let id = format!("queued-{milliseconds}");
-        let status = client.generate(timed(&id, milliseconds, 4)).await;
-        check(status.expect_err("late"), &id);
-    }
-    // One that runs: the engine stops in the middle of it until the time is up.
+    let reply = timed(&server, "queued", "300m").await;
+    assert_eq!(
+        reply.grpc_status,
+        Some(Code::DeadlineExceeded as i32),
+        "{reply:?}"
+    );
+    assert!(reply.body.is_empty());
     drop(plug);
     server.idle().await;
-    let mut running = {
-        let mut request = Request::new(GenerateStreamRequest {
-            input: Some(named("running", raw("Late", 500))),
-        });
-        let value = "400m".parse().unwrap();
-        request.metadata_mut().insert("grpc-timeout", value);
-        client.generate_stream(request).await.unwrap().into_inner()
-    };
-    let plug = server.plug(5).await;
-    let status = loop {
-        match tokio::time::timeout(PATIENCE, running.message()).await.unwrap() {
-            Ok(Some(message)) => {
-                let ended = matches!(message.event, Some(Event::Completed(_)));
-                // So fast a machine proves nothing here.
-                if ended {
-                    break None;
-                }
-            }
-            Ok(None) => break None,
-            Err(status) => break Some(status),
+    assert_eq!(server.decision("queued").await.tokens.completion, 0);
+
+    let running = tokio::spawn({
+        let address = server.address;
+        async move {
+            let input = named("running", raw("Late", 500));
+            let body = framed(&GenerateStreamRequest { input: Some(input) });
+            let timeout = [("grpc-timeout", "500m")];
+            raw_call(address, GENERATE_STREAM, &timeout, body).await
         }
-    };
+    });
+    eventually("the call does not arrive", || {
+        server.engine.load().running > 0
+    })
+    .await;
+    let plug = server.plug(2).await;
+    let reply = running.await.unwrap();
     drop(plug);
-    if let Some(status) = status {
-        check(status, "running");
+    // A machine may be so fast that the answer was there before the engine stopped.
+    if reply.grpc_status != Some(0) {
+        assert_eq!(
+            reply.grpc_status,
+            Some(Code::DeadlineExceeded as i32),
+            "{reply:?}"
+        );
+        let messages: Vec<GenerateStreamResponse> = reply.messages();
+        assert!(
+            !messages
+                .iter()
+                .any(|m| matches!(m.event, Some(Event::Completed(_))))
+        );
     }
     server.idle().await;
     check_healthy(&server).await;
@@ -471,7 +543,9 @@ async fn a_full_queue_says_when_to_come_again() {
     for _ in 0..2 {
         waiting.push(open_stream(&mut client, raw("Waiting", 4)).await.unwrap());
     }
-    let status = unary(&mut client, raw("One too many", 4)).await.expect_err("refused");
+    let status = unary(&mut client, raw("One too many", 4))
+        .await
+        .expect_err("refused");
     let told = refusal(&status);
     assert_eq!(
         (told.code, told.reason.as_str()),

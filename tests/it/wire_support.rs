@@ -621,12 +621,17 @@ pub(crate) struct Refusal {
 pub(crate) fn refusal(status: &Status) -> Refusal {
     let details = status.get_error_details();
     let info = details.error_info();
-    let violation = details
-        .bad_request()
-        .and_then(|bad| bad.field_violations.first().map(|first| first.field.clone()));
-    let subject = details
-        .precondition_failure()
-        .and_then(|failure| failure.violations.first().map(|first| first.subject.clone()));
+    let violation = details.bad_request().and_then(|bad| {
+        bad.field_violations
+            .first()
+            .map(|first| first.field.clone())
+    });
+    let subject = details.precondition_failure().and_then(|failure| {
+        failure
+            .violations
+            .first()
+            .map(|first| first.subject.clone())
+    });
     let field = violation
         .or_else(|| info.and_then(|info| info.metadata.get("field").cloned()))
         .or(subject);
