@@ -236,7 +236,10 @@ fn more_requests_than_blocks_all_get_their_turn() {
     });
     let snapshot = snapshot(&rig);
     // Eight blocks each: two run at once, all others wait.
-    let outcomes = rig.run_all(&snapshot, (0..20).map(|seed| draft(prompt(seed, 110)).most(18)));
+    let outcomes = rig.run_all(
+        &snapshot,
+        (0..20).map(|seed| draft(prompt(seed, 110)).most(18)),
+    );
     for outcome in outcomes {
         assert_eq!(outcome.tokens().len(), 18, "{:?}", outcome.error);
     }

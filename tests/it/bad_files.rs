@@ -12,9 +12,7 @@ use inwit::error::Error;
 use inwit::model::kernels::WeightFormat;
 use inwit::model::{Decoder, Message, Placement, Source};
 use inwit::registry::{ModelIds, Registry};
-use inwit_probes::{
-    Head, InputNorm, Kind, Manifest, ModelIdentity, Positions, Probe, Site,
-};
+use inwit_probes::{Head, InputNorm, Kind, Manifest, ModelIdentity, Positions, Probe, Site};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -187,17 +185,29 @@ fn absurd_configurations_are_refused() {
         change_json(&folder.path().join("config.json"), |config| {
             config[name] = value.clone();
         });
-        check_named(load(folder.path()), folder.path(), &format!("{name}: {value}"));
+        check_named(
+            load(folder.path()),
+            folder.path(),
+            &format!("{name}: {value}"),
+        );
     }
 }
 
 #[test]
 fn damaged_folders_are_refused() {
     let cases: Vec<(&str, fn(&Path))> = vec![
-        ("no configuration", |p| fs::remove_file(p.join("config.json")).unwrap()),
-        ("no JSON", |p| fs::write(p.join("config.json"), "{\"a\": NaN").unwrap()),
-        ("no weights", |p| fs::remove_file(p.join("model.safetensors")).unwrap()),
-        ("no tokenizer", |p| fs::remove_file(p.join("tokenizer.json")).unwrap()),
+        ("no configuration", |p| {
+            fs::remove_file(p.join("config.json")).unwrap()
+        }),
+        ("no JSON", |p| {
+            fs::write(p.join("config.json"), "{\"a\": NaN").unwrap()
+        }),
+        ("no weights", |p| {
+            fs::remove_file(p.join("model.safetensors")).unwrap()
+        }),
+        ("no tokenizer", |p| {
+            fs::remove_file(p.join("tokenizer.json")).unwrap()
+        }),
         ("half the weights", |p| {
             let bytes = fs::read(p.join("model.safetensors")).unwrap();
             fs::write(p.join("model.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
@@ -212,7 +222,11 @@ fn damaged_folders_are_refused() {
         ("a shape that overflows", |p| {
             let header = "{\"model.embed_tokens.weight\":{\"dtype\":\"F32\",\
                 \"shape\":[8589934592,8589934592],\"data_offsets\":[0,4]}}";
-            let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 4]];
+            let bytes = [
+                &(header.len() as u64).to_le_bytes()[..],
+                header.as_bytes(),
+                &[0; 4],
+            ];
             fs::write(p.join("model.safetensors"), bytes.concat()).unwrap();
         }),
         ("an index that leaves the folder", |p| {
@@ -274,7 +288,10 @@ fn hostile_templates_run_out_of_fuel() {
                     role: "user".into(),
                     content: "Hi".into(),
                 };
-                let rendered = source.template.unwrap().render(&[message], &source.tokenizer);
+                let rendered = source
+                    .template
+                    .unwrap()
+                    .render(&[message], &source.tokenizer);
                 assert!(rendered.is_err(), "{template}");
             }
         }
@@ -309,7 +326,10 @@ fn probe_of(d_model: usize, site: Site, architecture: &str) -> Vec<u8> {
         out: 1,
         norm: InputNorm::None,
     };
-    Probe::new(manifest, vec![head], None).unwrap().to_bytes().unwrap()
+    Probe::new(manifest, vec![head], None)
+        .unwrap()
+        .to_bytes()
+        .unwrap()
 }
 
 fn good_probe() -> Vec<u8> {
@@ -324,13 +344,22 @@ fn with_header(change: impl FnOnce(&mut Value)) -> Vec<u8> {
     let mut header: Value = serde_json::from_slice(header).unwrap();
     change(&mut header);
     let header = header.to_string();
-    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat()
+    [
+        &(header.len() as u64).to_le_bytes()[..],
+        header.as_bytes(),
+        data,
+    ]
+    .concat()
 }
 
 /// The first tensor of the header.
 fn a_tensor(header: &mut Value) -> &mut Value {
     let tensors = header.as_object_mut().unwrap();
-    let name = tensors.keys().find(|key| *key != "__metadata__").unwrap().clone();
+    let name = tensors
+        .keys()
+        .find(|key| *key != "__metadata__")
+        .unwrap()
+        .clone();
     tensors.get_mut(&name).unwrap()
 }
 
@@ -364,15 +393,30 @@ fn hostile_probe_files_are_refused() {
         ("no JSON", [&4u64.to_le_bytes()[..], b"nope"].concat()),
         ("cut short", good[..good.len() - 1].to_vec()),
         ("more than there is", [&good[..], &[0; 8]].concat()),
-        ("out of range", with_header(|h| a_tensor(h)["data_offsets"] = json!([0, 1u64 << 40]))),
-        ("backwards", with_header(|h| a_tensor(h)["data_offsets"] = json!([16, 0]))),
-        ("another type", with_header(|h| a_tensor(h)["dtype"] = json!("I64"))),
-        ("an unknown type", with_header(|h| a_tensor(h)["dtype"] = json!("F77"))),
+        (
+            "out of range",
+            with_header(|h| a_tensor(h)["data_offsets"] = json!([0, 1u64 << 40])),
+        ),
+        (
+            "backwards",
+            with_header(|h| a_tensor(h)["data_offsets"] = json!([16, 0])),
+        ),
+        (
+            "another type",
+            with_header(|h| a_tensor(h)["dtype"] = json!("I64")),
+        ),
+        (
+            "an unknown type",
+            with_header(|h| a_tensor(h)["dtype"] = json!("F77")),
+        ),
         (
             "a shape that overflows",
             with_header(|h| a_tensor(h)["shape"] = json!([1u64 << 40, 1u64 << 40])),
         ),
-        ("no manifest", with_header(|h| h["__metadata__"] = json!({}))),
+        (
+            "no manifest",
+            with_header(|h| h["__metadata__"] = json!({})),
+        ),
         ("NaN", with_last_value(f32::NAN)),
         ("infinity", with_last_value(f32::INFINITY)),
         ("another width", probe_of(5, Site::ResidPost(1), "arch")),
@@ -461,7 +505,10 @@ fn check_failed(output: &Output, says: &str) {
     assert!(code != 0 && code != 101, "{code}: {stderr}");
     let lines: Vec<_> = stderr.lines().collect();
     assert_eq!(lines.len(), 1, "{stderr}");
-    assert!(lines[0].starts_with("inwit: ") && lines[0].contains(says), "{stderr}");
+    assert!(
+        lines[0].starts_with("inwit: ") && lines[0].contains(says),
+        "{stderr}"
+    );
     assert!(output.stdout.is_empty());
 }
 

@@ -356,7 +356,9 @@ fn what_was_withdrawn_is_no_part_of_any_score() {
     let bench = Bench::new(LLAMA);
     for t in [1, 6, ANSWER as usize] {
         let snapshot = bench.snapshot(t, 1, "\"refusal_head\"");
-        let rewound = bench.rig.run(&snapshot, plain().monitored(Mode::Enforce, "p"));
+        let rewound = bench
+            .rig
+            .run(&snapshot, plain().monitored(Mode::Enforce, "p"));
         let from_start = Draft {
             refusal_head: Some("refusing".into()),
             ..plain().monitored(Mode::Shadow, "p")

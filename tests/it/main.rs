@@ -3,6 +3,7 @@
 
 mod accounting;
 mod answers;
+mod bad_files;
 mod cache;
 mod default_model;
 mod failures;
@@ -10,6 +11,7 @@ mod golden;
 mod hold_back;
 mod interventions;
 mod isolation;
+mod serving;
 mod stages;
 mod support;
 mod wire;

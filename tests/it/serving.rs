@@ -101,8 +101,13 @@ fn joined(chunks: &[ActivationChunk]) -> BTreeMap<String, (Vec<u32>, Vec<f32>)> 
         let tensor = chunk.tensor.as_ref().unwrap();
         let rows = chunk.token_ids.len();
         assert_eq!(tensor.shape, [rows as i64, D_MODEL as i64]);
-        let due = next.entry(chunk.site.clone()).or_insert(chunk.first_position);
-        assert_eq!(*due, chunk.first_position, "a position is missing or twice there");
+        let due = next
+            .entry(chunk.site.clone())
+            .or_insert(chunk.first_position);
+        assert_eq!(
+            *due, chunk.first_position,
+            "a position is missing or twice there"
+        );
         *due += rows as i64;
         let site = sites.entry(chunk.site.clone()).or_default();
         site.0.extend(&chunk.token_ids);
@@ -126,7 +131,10 @@ fn in_process() -> BTreeMap<String, Vec<f32>> {
     let mut run = HookRun::new(&plan, ids.len());
     decoder.forward(&batch, &mut kv, &mut run).unwrap();
     let captured = run.finish().captured;
-    captured.into_iter().map(|c| (c.site.to_string(), c.values)).collect()
+    captured
+        .into_iter()
+        .map(|c| (c.site.to_string(), c.values))
+        .collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -173,8 +181,16 @@ async fn a_capture_is_refused_before_it_begins_or_in_place_of_the_chunk() {
     let cases = [
         (sites(&[]), Code::InvalidArgument, "sites"),
         (sites(&[site, site]), Code::InvalidArgument, "sites[1]"),
-        (sites(&["blocks.2.hook_resid_post"]), Code::InvalidArgument, "sites[0]"),
-        (sites(&["../hook_embed\0"]), Code::InvalidArgument, "sites[0]"),
+        (
+            sites(&["blocks.2.hook_resid_post"]),
+            Code::InvalidArgument,
+            "sites[0]",
+        ),
+        (
+            sites(&["../hook_embed\0"]),
+            Code::InvalidArgument,
+            "sites[0]",
+        ),
         (
             CaptureActivationsRequest {
                 max_bytes: needed - 1,
@@ -221,7 +237,11 @@ async fn a_capture_is_refused_before_it_begins_or_in_place_of_the_chunk() {
     for (request, code, field) in cases {
         let status = captured(&server, request).await.expect_err(field);
         let told = refusal(&status);
-        assert_eq!((told.code, told.field.as_str()), (code, field), "{status:?}");
+        assert_eq!(
+            (told.code, told.field.as_str()),
+            (code, field),
+            "{status:?}"
+        );
     }
     let enough = CaptureActivationsRequest {
         max_bytes: needed,
@@ -234,7 +254,9 @@ async fn a_capture_is_refused_before_it_begins_or_in_place_of_the_chunk() {
         max_bytes: (2 * 5 * D_MODEL * 4) as u64,
         ..capture(DataType::Fp32, PositionSelection::Generated)
     };
-    let status = captured(&server, generated.clone()).await.expect_err("too much");
+    let status = captured(&server, generated.clone())
+        .await
+        .expect_err("too much");
     assert_eq!(refusal(&status).field, "max_bytes");
     let unbound = CaptureActivationsRequest {
         max_bytes: 0,
@@ -255,7 +277,10 @@ async fn sites_are_listed_in_the_order_of_a_pass() {
     let expected: Vec<_> = Site::all(2).map(|site| site.to_string()).collect();
     assert_eq!(names, expected);
     let model = listed.model.unwrap();
-    assert_eq!((model.d_model, model.layers, model.vocabulary_size), (64, 2, 512));
+    assert_eq!(
+        (model.d_model, model.layers, model.vocabulary_size),
+        (64, 2, 512)
+    );
     assert!(model.policy_empty);
     let request = ListSitesRequest {
         model: "another".into(),
@@ -292,13 +317,25 @@ async fn probes_are_listed_page_by_page_and_read_by_name() {
     let expected: Vec<_> = (0..7).map(|number| format!("probe-{number}")).collect();
     assert_eq!((names, pages), (expected, 3));
     for (request, field) in [
-        (ListProbesRequest { page_size: -1, ..Default::default() }, "page_size"),
         (
-            ListProbesRequest { page_token: "3".into(), ..Default::default() },
+            ListProbesRequest {
+                page_size: -1,
+                ..Default::default()
+            },
+            "page_size",
+        ),
+        (
+            ListProbesRequest {
+                page_token: "3".into(),
+                ..Default::default()
+            },
             "page_token",
         ),
         (
-            ListProbesRequest { page_token: "\0../é".into(), ..Default::default() },
+            ListProbesRequest {
+                page_token: "\0../é".into(),
+                ..Default::default()
+            },
             "page_token",
         ),
     ] {
@@ -308,7 +345,13 @@ async fn probes_are_listed_page_by_page_and_read_by_name() {
     let request = GetProbeRequest {
         name: "probe-3".into(),
     };
-    let probe = client.get_probe(request).await.unwrap().into_inner().probe.unwrap();
+    let probe = client
+        .get_probe(request)
+        .await
+        .unwrap()
+        .into_inner()
+        .probe
+        .unwrap();
     assert!(probe.native);
     assert_eq!(probe.sites, ["blocks.0.hook_resid_post"]);
     let manifest: serde_json::Value = serde_json::from_str(&probe.manifest_json).unwrap();
@@ -340,23 +383,41 @@ async fn metrics_and_health_are_there_over_http() {
     let mut client = server.generation().await;
     unary(&mut client, raw("Count me", 4)).await.unwrap();
     for path in ["/health", "/readyz", "/livez"] {
-        assert!(http_get(&server, path).await.starts_with("HTTP/1.1 200"), "{path}");
+        assert!(
+            http_get(&server, path).await.starts_with("HTTP/1.1 200"),
+            "{path}"
+        );
     }
     let metrics = http_get(&server, "/metrics").await;
     let counted = "inwit_requests_total{rpc=\"/inwit.v1.GenerationService/Generate\",code=\"OK\"}";
     assert!(metrics.contains(counted), "{metrics}");
     assert!(!metrics.contains("Count me"));
-    assert!(http_get(&server, "/../etc/passwd").await.starts_with("HTTP/1.1 404"));
+    assert!(
+        http_get(&server, "/../etc/passwd")
+            .await
+            .starts_with("HTTP/1.1 404")
+    );
     server.begin_drain();
     // Readiness goes, life does not.
     for _ in 0..500 {
-        if http_get(&server, "/readyz").await.starts_with("HTTP/1.1 503") {
+        if http_get(&server, "/readyz")
+            .await
+            .starts_with("HTTP/1.1 503")
+        {
             break;
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    assert!(http_get(&server, "/health").await.starts_with("HTTP/1.1 503"));
-    assert!(http_get(&server, "/livez").await.starts_with("HTTP/1.1 200"));
+    assert!(
+        http_get(&server, "/health")
+            .await
+            .starts_with("HTTP/1.1 503")
+    );
+    assert!(
+        http_get(&server, "/livez")
+            .await
+            .starts_with("HTTP/1.1 200")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -378,8 +439,16 @@ async fn both_reflections_list_the_services() {
             host: String::new(),
             message_request: Some(MessageRequest::ListServices(String::new())),
         };
-        let reply = client.server_reflection_info(futures::stream::iter([request])).await;
-        let reply = reply.unwrap().into_inner().message().await.unwrap().unwrap();
+        let reply = client
+            .server_reflection_info(futures::stream::iter([request]))
+            .await;
+        let reply = reply
+            .unwrap()
+            .into_inner()
+            .message()
+            .await
+            .unwrap()
+            .unwrap();
         let Some(MessageResponse::ListServicesResponse(list)) = reply.message_response else {
             panic!("{reply:?}");
         };
@@ -396,8 +465,16 @@ async fn both_reflections_list_the_services() {
             host: String::new(),
             message_request: Some(MessageRequest::ListServices(String::new())),
         };
-        let reply = client.server_reflection_info(futures::stream::iter([request])).await;
-        let reply = reply.unwrap().into_inner().message().await.unwrap().unwrap();
+        let reply = client
+            .server_reflection_info(futures::stream::iter([request]))
+            .await;
+        let reply = reply
+            .unwrap()
+            .into_inner()
+            .message()
+            .await
+            .unwrap()
+            .unwrap();
         let Some(MessageResponse::ListServicesResponse(list)) = reply.message_response else {
             panic!("{reply:?}");
         };
@@ -424,12 +501,19 @@ async fn a_drain_refuses_the_new_finishes_the_running_and_ends() {
     assert_eq!(first.status(), ServingStatus::Serving);
 
     let plug = server.plug(1).await;
-    let mut running = open_stream(&mut client, raw("Still running", 8)).await.unwrap();
+    let mut running = open_stream(&mut client, raw("Still running", 8))
+        .await
+        .unwrap();
     server.begin_drain();
     let next = watch.message().await.unwrap().unwrap();
     assert_eq!(next.status(), ServingStatus::NotServing);
-    let status = unary(&mut client, raw("Too late", 4)).await.expect_err("refused");
-    assert_eq!((status.code(), &*refusal(&status).reason), (Code::Unavailable, "UNAVAILABLE"));
+    let status = unary(&mut client, raw("Too late", 4))
+        .await
+        .expect_err("refused");
+    assert_eq!(
+        (status.code(), &*refusal(&status).reason),
+        (Code::Unavailable, "UNAVAILABLE")
+    );
     drop(plug);
     let mut last = None;
     while let Some(message) = running.message().await.unwrap() {
@@ -452,7 +536,9 @@ async fn a_drain_ends_even_where_a_peer_never_reads() {
     let mut input = raw("Never read", 400);
     input.sampling.as_mut().unwrap().logprobs = Some(20);
     let request = inwit::rpc::proto::GenerateStreamRequest { input: Some(input) };
-    let (response, mut sending) = send.send_request(post(GENERATE_STREAM, &[]), false).unwrap();
+    let (response, mut sending) = send
+        .send_request(post(GENERATE_STREAM, &[]), false)
+        .unwrap();
     sending.send_data(framed(&request), true).unwrap();
     let response = response.await.unwrap();
     // And one that never spoke.

@@ -458,8 +458,6 @@ async fn a_caller_that_reads_nothing_slows_nobody_and_loses_nothing() {
     tokio::time::timeout(PATIENCE, reads)
         .await
         .expect("the answers do not end");
-<<<<<<< HEAD
-=======
 }
 
 /// A call under a deadline, by the server's clock alone: a client would have one of its own.
@@ -473,7 +471,6 @@ async fn timed(server: &Server, id: &str, timeout: &str) -> Raw {
         body,
     )
     .await
->>>>>>> tests-wire
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -499,31 +496,6 @@ async fn a_deadline_ends_a_request_in_the_queue_and_while_it_runs() {
     assert!(reply.body.is_empty());
     drop(plug);
     server.idle().await;
-<<<<<<< HEAD
-    let mut running = {
-        let mut request = Request::new(GenerateStreamRequest {
-            input: Some(named("running", raw("Late", 500))),
-        });
-        let value = "400m".parse().unwrap();
-        request.metadata_mut().insert("grpc-timeout", value);
-        client.generate_stream(request).await.unwrap().into_inner()
-    };
-    let plug = server.plug(5).await;
-    let status = loop {
-        match tokio::time::timeout(PATIENCE, running.message())
-            .await
-            .unwrap()
-        {
-            Ok(Some(message)) => {
-                let ended = matches!(message.event, Some(Event::Completed(_)));
-                // So fast a machine proves nothing here.
-                if ended {
-                    break None;
-                }
-            }
-            Ok(None) => break None,
-            Err(status) => break Some(status),
-=======
     assert_eq!(server.decision("queued").await.tokens.completion, 0);
 
     let running = tokio::spawn({
@@ -533,7 +505,6 @@ async fn a_deadline_ends_a_request_in_the_queue_and_while_it_runs() {
             let body = framed(&GenerateStreamRequest { input: Some(input) });
             let timeout = [("grpc-timeout", "500m")];
             raw_call(address, GENERATE_STREAM, &timeout, body).await
->>>>>>> tests-wire
         }
     });
     eventually("the call does not arrive", || {
