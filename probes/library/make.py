@@ -59,7 +59,8 @@ def main():
     inwit("probe", "fit", "--data", work / "compliance_fit.jsonl", "--canary-data", work / "compliance_fit.jsonl",
           "--site", SITE, "--positions", "generated:3", "--alpha", 0.01,
           "--name", "compliance", "--out", OUT / "probes/compliance.safetensors")
-    inwit("lab", "vector", "--harmful", work / "vec_harmful.jsonl", "--benign", work / "vec_benign.jsonl",
+    # States inside the first words of a refusal against states inside the first words of an answer.
+    inwit("lab", "vector", "--harmful", work / "caa_refuse.jsonl", "--benign", work / "caa_comply.jsonl",
           "--site", STEER_SITE, "--name", "refusal", "--out", OUT / "vectors/refusal.safetensors")
     inwit("lab", "refusal-head", "--harmful", work / "head_harmful.jsonl", "--refusals", DATA / "refusals.jsonl",
           "--benign", work / "head_benign.jsonl", "--rank", 16, "--epochs", 4,
@@ -164,10 +165,22 @@ def answer_rows(work, own, answers):
     write(work / "head_benign.jsonl", [
         {"id": a["id"], "text": own[a["id"]]["text"], "answer": a["text"], "label": "benign",
          "group": own[a["id"]]["group"]} for a in plain[:120]])
-    benign = [row for row in own.values() if row["label"] == "benign"]
-    chance.shuffle(benign)
-    write(work / "vec_harmful.jsonl", [{key: row[key] for key in keep[:4]} for row in harmful[:240]])
-    write(work / "vec_benign.jsonl", [{key: row[key] for key in keep[:4]} for row in benign[:240]])
+    begun_answers(work, harmful[:160], [row for row in compliance if row["label"] == "complied"])
+
+
+def begun_answers(work, prompts, complied):
+    """The same prompts, once with a refusal begun and once with an answer begun."""
+    chance = random.Random(9)
+    refusals = [row["text"] for row in read(DATA / "refusals.jsonl")]
+    refuse, comply = [], []
+    for prompt in prompts:
+        words = chance.randint(2, 7)
+        for rows, text in ((refuse, chance.choice(refusals)), (comply, chance.choice(complied)["answer"])):
+            begun = " ".join(text.split()[:words])
+            turns = [{"role": "user", "content": prompt["text"]}, {"role": "assistant", "content": begun}]
+            rows.append({"id": prompt["id"], "messages": turns})
+    write(work / "caa_refuse.jsonl", refuse)
+    write(work / "caa_comply.jsonl", comply)
 
 
 def read(path):

@@ -133,6 +133,7 @@ pub fn log_filter(cli: &Cli) -> &'static str {
     match cli.command {
         Command::Serve(_) => "info",
         Command::Generate(_) | Command::Score(_) | Command::Capture(_) | Command::Lab(_) => "info",
+        Command::Demo(_) => "error",
         _ => "warn",
     }
 }
