@@ -154,7 +154,7 @@ mod tests {
     #[tokio::test]
     async fn a_taken_port_is_an_error_of_one_line_that_helps() {
         let taken = bind("--listen", "127.0.0.1:0".parse().expect("an address")).await;
-        let address = bound(&taken.as_ref().expect("binds")).expect("an address");
+        let address = bound(taken.as_ref().expect("binds")).expect("an address");
         let error = bind("--listen", address)
             .await
             .expect_err("refused")

@@ -690,7 +690,7 @@ mod tests {
             values
         };
         let example = |index: usize| {
-            let (positive, tokens) = (index % 2 == 0, 2 + index % 3);
+            let (positive, tokens) = (index.is_multiple_of(2), 2 + index % 3);
             Example {
                 positive,
                 group: format!("g{index}"),

@@ -195,7 +195,8 @@ fn absurd_configurations_are_refused() {
 
 #[test]
 fn damaged_folders_are_refused() {
-    let cases: Vec<(&str, fn(&Path))> = vec![
+    type Damage = fn(&Path);
+    let cases: Vec<(&str, Damage)> = vec![
         ("no configuration", |p| {
             fs::remove_file(p.join("config.json")).unwrap()
         }),

@@ -79,7 +79,8 @@ async fn messages_that_are_too_long_or_no_messages_are_refused() {
     cut.truncate(cut.len() - 3);
 
     let gzip = [("grpc-encoding", "gzip")];
-    let cases: Vec<(&str, &[(&str, &str)], Bytes, Code)> = vec![
+    type Headers<'a> = &'a [(&'a str, &'a str)];
+    let cases: Vec<(&str, Headers<'_>, Bytes, Code)> = vec![
         ("1 MiB and more", &[], frame(false, &long), Code::OutOfRange),
         (
             "4 GiB declared",
