@@ -180,8 +180,13 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let (reporter, health_service) = tonic_health::server::health_reporter();
+    let told = served.readiness();
+    if let Err(reason) = &told {
+        tracing::warn!(%reason, "not ready");
+    }
     report(&reporter, &served).await;
-    let _watcher = AbortOnDrop(tokio::spawn(watch(reporter, served.clone())).abort_handle());
+    let watcher = tokio::spawn(watch(reporter, served.clone(), told));
+    let _watcher = AbortOnDrop(watcher.abort_handle());
 
     let closing = CancellationToken::new();
     let server = Server::builder()
@@ -267,10 +272,11 @@ fn services() -> [&'static str; 4] {
     ]
 }
 
-/// Keeps health true, and metrics from growing where nobody scrapes them.
-async fn watch(reporter: HealthReporter, served: Served) {
+/// Keeps health true, and metrics from growing where nobody scrapes them. `told` is what was
+/// reported already: whoever watches health hears of changes and of nothing else.
+async fn watch(reporter: HealthReporter, served: Served, told: Result<(), String>) {
     let mut tick = tokio::time::interval(HEALTH_PERIOD);
-    let mut ready = None;
+    let mut ready = told;
     let mut judge = None;
     let mut upkeep = tokio::time::Instant::now();
     loop {
@@ -279,12 +285,12 @@ async fn watch(reporter: HealthReporter, served: Served) {
             () = served.draining.cancelled(), if !served.draining.is_cancelled() => {}
         }
         let now = served.readiness();
-        if ready.as_ref() != Some(&now) {
+        if ready != now {
             if let Err(reason) = &now {
                 tracing::warn!(%reason, "not ready");
             }
             report(&reporter, &served).await;
-            ready = Some(now);
+            ready = now;
         }
         let (policy, library) = (served.policy(), served.registry.snapshot().hash.clone());
         let now = (policy.name.clone(), library);
