@@ -11,7 +11,7 @@ use inwit::engine::fold::Folded;
 use inwit::engine::sampler::SamplingDraft;
 use inwit::engine::{
     Defaults, Draft, Engine, EngineOptions, InterventionDraft, InterventionKindDraft, Model,
-    MonitorDraft, PositionSelection, PromptDraft, VectorDraft, prepare,
+    PositionSelection, PromptDraft, VectorDraft, prepare,
 };
 use inwit::journal::Discard;
 use inwit::model::kernels::WeightFormat;
@@ -51,21 +51,12 @@ fn main() -> anyhow::Result<()> {
 
 fn answer(engine: &Engine, interventions: Vec<InterventionDraft>) -> anyhow::Result<String> {
     let draft = Draft {
-        id: None,
-        model: None,
-        prompt: PromptDraft::RawText("The river was".into()),
-        answer: None,
-        score_only: false,
         sampling: SamplingDraft {
             max_tokens: Some(12),
             ..SamplingDraft::default()
         },
-        monitor: MonitorDraft::default(),
         interventions,
-        refusal_head: None,
-        capture: None,
-        skip_prefix_cache: false,
-        deadline: None,
+        ..Draft::of(PromptDraft::RawText("The river was".into()))
     };
     let defaults = Defaults {
         mode: Mode::Off,

@@ -207,11 +207,8 @@ fn draft(args: &Args) -> Draft {
         content: content.to_owned(),
     };
     let system = args.system.iter().map(|text| message("system", text));
+    let messages = system.chain([message("user", &args.text)]).collect();
     Draft {
-        id: None,
-        prompt: PromptDraft::Chat(system.chain([message("user", &args.text)]).collect()),
-        answer: None,
-        score_only: false,
         sampling: SamplingDraft {
             max_tokens: args.max_tokens,
             temperature: args.temperature,
@@ -225,11 +222,7 @@ fn draft(args: &Args) -> Draft {
             hold_back: None,
         },
         interventions: args.steers.iter().map(|steer| steer.0.clone()).collect(),
-        refusal_head: None,
-        capture: None,
-        skip_prefix_cache: false,
-        deadline: None,
-        model: None,
+        ..Draft::of(PromptDraft::Chat(messages))
     }
 }
 

@@ -195,14 +195,11 @@ async fn hold(client: &mut Client, planned: &Planned) -> Result<Held> {
 }
 
 fn draft(planned: &Planned) -> Draft {
+    let message = Message {
+        role: "user".into(),
+        content: planned.chat.text.clone(),
+    };
     Draft {
-        id: None,
-        prompt: PromptDraft::Chat(vec![Message {
-            role: "user".into(),
-            content: planned.chat.text.clone(),
-        }]),
-        answer: None,
-        score_only: false,
         sampling: SamplingDraft {
             max_tokens: Some(MOST_TOKENS),
             temperature: Some(0.0),
@@ -214,12 +211,7 @@ fn draft(planned: &Planned) -> Draft {
             return_scores: true,
             hold_back: None,
         },
-        interventions: Vec::new(),
-        refusal_head: None,
-        capture: None,
-        skip_prefix_cache: false,
-        deadline: None,
-        model: None,
+        ..Draft::of(PromptDraft::Chat(vec![message]))
     }
 }
 

@@ -14,7 +14,6 @@ use crate::engine::event::Event;
 use crate::engine::handle::{Engine, EngineOptions, EngineThread, Model};
 use crate::engine::prepare::{CaptureDraft, Defaults, Draft, MonitorDraft, PromptDraft, prepare};
 use crate::engine::request::PositionSelection;
-use crate::engine::sampler::SamplingDraft;
 use crate::error::{Error, Result};
 use crate::lab::bench::Bench;
 use crate::lab::states::RowStates;
@@ -394,26 +393,17 @@ async fn canary_logit(
 ) -> Result<f32> {
     let sites: Vec<Site> = probe.probe.heads().iter().map(|head| head.site).collect();
     let draft = Draft {
-        id: None,
-        prompt: PromptDraft::Tokens(tokens),
-        answer: None,
         score_only: true,
-        sampling: SamplingDraft::default(),
         monitor: MonitorDraft {
             mode: Some(Mode::Off),
-            policy: None,
-            return_scores: false,
-            hold_back: None,
+            ..MonitorDraft::default()
         },
-        interventions: Vec::new(),
-        refusal_head: None,
         capture: Some(CaptureDraft {
             sites: sites.iter().map(Site::to_string).collect(),
             positions: PositionSelection::LastPromptToken,
         }),
         skip_prefix_cache: true,
-        deadline: None,
-        model: None,
+        ..Draft::of(PromptDraft::Tokens(tokens))
     };
     let mut events = engine.submit(prepare(draft, engine, snapshot, defaults)?)?;
     let mut captured = Vec::new();

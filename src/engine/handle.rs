@@ -72,24 +72,16 @@ impl Default for EngineOptions {
             kv_type: KvType::F32,
             threads: 0,
             context_limit: None,
-            journal_key: *random_key().as_bytes(),
+            journal_key: random_key(),
         }
     }
 }
 
-struct Key([u8; 32]);
-
-impl Key {
-    fn as_bytes(&self) -> &[u8; 32] {
-        &self.0
-    }
-}
-
-fn random_key() -> Key {
+fn random_key() -> [u8; 32] {
     let mut key = [0; 32];
     key[..16].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
     key[16..].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    Key(key)
+    key
 }
 
 /// What the loaded model is, for everyone to read.

@@ -43,6 +43,26 @@ pub struct Draft {
     pub deadline: Option<Instant>,
 }
 
+impl Draft {
+    /// A request with nothing set but its prompt.
+    pub fn of(prompt: PromptDraft) -> Self {
+        Self {
+            id: None,
+            model: None,
+            prompt,
+            answer: None,
+            score_only: false,
+            sampling: SamplingDraft::default(),
+            monitor: MonitorDraft::default(),
+            interventions: Vec::new(),
+            refusal_head: None,
+            capture: None,
+            skip_prefix_cache: false,
+            deadline: None,
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub enum PromptDraft {
     Chat(Vec<Message>),

@@ -2,7 +2,7 @@
 //! Knows tokens, scores and decisions; knows no tensors and no other sequence.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use inwit_probes::TokenOutput;
 use tokio::sync::mpsc;
@@ -865,10 +865,6 @@ impl Sequence {
             sampling: record::sampling(&self.request.sampling, self.max_tokens),
             kernel_identity: around.kernel_identity.clone(),
         });
-    }
-
-    pub(super) fn waited(&self) -> Duration {
-        self.started - self.arrived
     }
 }
 

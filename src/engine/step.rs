@@ -422,13 +422,10 @@ impl StepLoop {
             }
             let place = chosen.iter().position(|chosen| chosen == index);
             let logits = place.map(|place| &logits[place * vocab..(place + 1) * vocab]);
-            let before = sequence.computed;
-            let waited = sequence.waited();
             for captured in scores.captured.iter().filter(|c| c.key == *index) {
                 sequence.tell_captured(captured, span.first_row, span.start);
             }
             sequence.after_pass(*rows, outputs, logits, &self.around);
-            tracing::trace!(request = %sequence.request.id, before, ?waited, "pass");
         }
         for (index, _) in picked {
             self.publish(*index);

@@ -39,7 +39,8 @@ pub async fn generate(
         monitor: MonitorDraft {
             mode: Some(options.mode),
             policy: options.policy.clone(),
-            return_scores: false,
+            // The last token is read too, though no rule waits for it.
+            return_scores: true,
             hold_back: None,
         },
         ..draft(row)

@@ -14,7 +14,6 @@ use crate::engine::fold::Folded;
 use crate::engine::handle::Engine;
 use crate::engine::prepare::{CaptureDraft, Defaults, Draft, MonitorDraft, PromptDraft, prepare};
 use crate::engine::request::{PositionSelection, Request};
-use crate::engine::sampler::SamplingDraft;
 use crate::error::{Error, Result};
 use crate::model::Message;
 use crate::policy::{Action, Mode};
@@ -140,23 +139,11 @@ impl Bench {
 /// A draft of the row's prompt that is answered, unmonitored, with the model's defaults.
 pub fn draft(row: &Row) -> Draft {
     Draft {
-        id: None,
-        prompt: prompt(&row.prompt),
-        answer: None,
-        score_only: false,
-        sampling: SamplingDraft::default(),
         monitor: MonitorDraft {
             mode: Some(Mode::Off),
-            policy: None,
-            return_scores: false,
-            hold_back: None,
+            ..MonitorDraft::default()
         },
-        interventions: Vec::new(),
-        refusal_head: None,
-        capture: None,
-        skip_prefix_cache: false,
-        deadline: None,
-        model: None,
+        ..Draft::of(prompt(&row.prompt))
     }
 }
 

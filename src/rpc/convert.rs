@@ -92,18 +92,13 @@ fn draft(input: proto::GenerationInput, sampling: SamplingDraft) -> Result<Draft
         .map(|(i, one)| intervention(&format!("input.interventions[{i}]"), one))
         .collect::<Result<_>>()?;
     Ok(Draft {
-        id: None,
-        prompt: prompt(input.prompt)?,
-        answer: None,
-        score_only: false,
         sampling,
         monitor: monitor(input.monitor.unwrap_or_default())?,
         interventions,
         refusal_head: unless_empty(input.refusal_head),
-        capture: None,
         skip_prefix_cache: input.skip_prefix_cache,
-        deadline: None,
         model: unless_empty(input.model),
+        ..Draft::of(prompt(input.prompt)?)
     })
 }
 

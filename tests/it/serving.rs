@@ -430,58 +430,31 @@ async fn both_reflections_list_the_services() {
         "inwit.v1.GenerationService",
         "inwit.v1.ProbeService",
     ];
-    let mut names = {
-        use v1::server_reflection_client::ServerReflectionClient;
-        use v1::server_reflection_request::MessageRequest;
-        use v1::server_reflection_response::MessageResponse;
-        let mut client = ServerReflectionClient::new(server.channel().await);
-        let request = v1::ServerReflectionRequest {
-            host: String::new(),
-            message_request: Some(MessageRequest::ListServices(String::new())),
-        };
-        let reply = client
-            .server_reflection_info(futures::stream::iter([request]))
-            .await;
-        let reply = reply
-            .unwrap()
-            .into_inner()
-            .message()
-            .await
-            .unwrap()
-            .unwrap();
-        let Some(MessageResponse::ListServicesResponse(list)) = reply.message_response else {
-            panic!("{reply:?}");
-        };
-        list.service.into_iter().map(|s| s.name).collect::<Vec<_>>()
-    };
-    names.sort();
-    assert_eq!(names, expected);
-    let mut names = {
-        use v1alpha::server_reflection_client::ServerReflectionClient;
-        use v1alpha::server_reflection_request::MessageRequest;
-        use v1alpha::server_reflection_response::MessageResponse;
-        let mut client = ServerReflectionClient::new(server.channel().await);
-        let request = v1alpha::ServerReflectionRequest {
-            host: String::new(),
-            message_request: Some(MessageRequest::ListServices(String::new())),
-        };
-        let reply = client
-            .server_reflection_info(futures::stream::iter([request]))
-            .await;
-        let reply = reply
-            .unwrap()
-            .into_inner()
-            .message()
-            .await
-            .unwrap()
-            .unwrap();
-        let Some(MessageResponse::ListServicesResponse(list)) = reply.message_response else {
-            panic!("{reply:?}");
-        };
-        list.service.into_iter().map(|s| s.name).collect::<Vec<_>>()
-    };
-    names.sort();
-    assert_eq!(names, expected);
+    macro_rules! services {
+        ($version:ident) => {{
+            use $version::server_reflection_client::ServerReflectionClient;
+            use $version::server_reflection_request::MessageRequest;
+            use $version::server_reflection_response::MessageResponse;
+            let request = $version::ServerReflectionRequest {
+                host: String::new(),
+                message_request: Some(MessageRequest::ListServices(String::new())),
+            };
+            let mut replies = ServerReflectionClient::new(server.channel().await)
+                .server_reflection_info(futures::stream::iter([request]))
+                .await
+                .unwrap()
+                .into_inner();
+            let reply = replies.message().await.unwrap().unwrap();
+            let Some(MessageResponse::ListServicesResponse(list)) = reply.message_response else {
+                panic!("{reply:?}");
+            };
+            let mut names: Vec<_> = list.service.into_iter().map(|s| s.name).collect();
+            names.sort();
+            names
+        }};
+    }
+    assert_eq!(services!(v1), expected);
+    assert_eq!(services!(v1alpha), expected);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -652,11 +652,6 @@ pub(crate) fn prompt(seed: u64, length: usize) -> Vec<u32> {
 /// Greedy, with log-probabilities, unmonitored.
 pub(crate) fn draft(tokens: Vec<u32>) -> Draft {
     Draft {
-        id: None,
-        model: None,
-        prompt: PromptDraft::Tokens(tokens),
-        answer: None,
-        score_only: false,
         sampling: SamplingDraft {
             max_tokens: Some(10),
             logprobs: Some(2),
@@ -667,11 +662,7 @@ pub(crate) fn draft(tokens: Vec<u32>) -> Draft {
             mode: Some(Mode::Off),
             ..MonitorDraft::default()
         },
-        interventions: Vec::new(),
-        refusal_head: None,
-        capture: None,
-        skip_prefix_cache: false,
-        deadline: None,
+        ..Draft::of(PromptDraft::Tokens(tokens))
     }
 }
 

@@ -2,19 +2,18 @@
 //! body, at the first token, at the last, inside a character and inside a stop string.
 //! And what is left is the same answer whichever way it is asked for.
 
-use std::sync::Arc;
-
-use inwit::engine::fold::Folded;
 use inwit::engine::sampler::SamplingDraft;
-use inwit::engine::{Draft, MonitorDraft, PromptDraft, prepare};
+use inwit::lab::answer;
+use inwit::lab::bench::Bench;
 use inwit::policy::Mode;
 use inwit::rpc::proto::generate_stream_response::Event;
 use inwit::rpc::proto::generation_service_client::GenerationServiceClient;
 use inwit::rpc::proto::{
     FinishReason, GenerateResponse, GenerateStreamRequest, GenerateStreamResponse, GenerationInput,
-    MonitorMode, PolicyAction, SamplingOptions,
+    MonitorMode, PolicyAction, ProbeScore, SamplingOptions,
 };
 use inwit_probes::Positions;
+use serde_json::{Value, json};
 use tonic::transport::Channel;
 
 use crate::wire_support::{
@@ -142,25 +141,29 @@ async fn check_all_ways(
     let folded = stream(client, input.clone()).await;
     assert_eq!(folded.events.len(), wire.events.len(), "{case}");
     let whole = unary(client, input.clone()).await;
-    let offline = offline(server, &input).await;
+    if let Some(row) = offline_row(server, &input).await {
+        check_row(&row, wire, case);
+        let mut scored = input.clone();
+        scored.monitor.get_or_insert_default().return_scores = true;
+        if let Ok(reply) = unary(client, scored).await {
+            check_scores(&row, &reply.scores, case);
+        }
+    }
     let Some(completed) = &wire.completed else {
         let code = wire.status.as_ref().unwrap().code();
         assert_eq!(folded.status.unwrap().code(), code, "{case}");
         assert_eq!(whole.expect_err("refused").code(), code, "{case}");
-        assert!(offline.is_err(), "{case}");
         return;
     };
-    let (whole, offline) = (whole.unwrap(), offline.unwrap());
+    let whole = whole.unwrap();
     for (text, ids) in [
         (&folded.text, &folded.token_ids),
         (&whole.text, &whole.token_ids),
-        (&offline.text, &offline.token_ids),
     ] {
         assert_eq!((text, ids), (&wire.text, &wire.token_ids), "{case}");
     }
     assert_eq!(whole.logprobs, wire.logprobs, "{case}");
     assert_eq!(folded.logprobs, wire.logprobs, "{case}");
-    assert_eq!(offline.logprobs.len(), wire.logprobs.len(), "{case}");
     assert_eq!(whole.verdicts, wire.verdicts, "{case}");
     assert_eq!(whole.finish_reason, completed.finish_reason, "{case}");
     assert_eq!(whole.action, completed.action, "{case}");
@@ -174,20 +177,20 @@ async fn check_all_ways(
     );
 }
 
-/// The row that the offline commands would write: the engine's own events, folded.
-async fn offline(server: &Server, input: &GenerationInput) -> inwit::error::Result<Folded> {
+/// The row that `inwit generate` writes to a file; it has no word for a caller's own hold-back.
+async fn offline_row(server: &Server, input: &GenerationInput) -> Option<Value> {
     use inwit::rpc::proto::generation_input::Prompt;
     let Some(Prompt::RawText(text)) = &input.prompt else {
         panic!("these prompts are raw text");
     };
     let sampling = input.sampling.clone().unwrap();
     let monitor = input.monitor.clone().unwrap_or_default();
-    let draft = Draft {
-        id: None,
-        model: None,
-        prompt: PromptDraft::RawText(text.clone()),
-        answer: None,
-        score_only: false,
+    if monitor.hold_back.is_some() {
+        return None;
+    }
+    let options = answer::Options {
+        mode: Mode::Enforce,
+        policy: (!monitor.policy.is_empty()).then_some(monitor.policy),
         sampling: SamplingDraft {
             max_tokens: sampling.max_tokens,
             temperature: sampling.temperature,
@@ -196,31 +199,51 @@ async fn offline(server: &Server, input: &GenerationInput) -> inwit::error::Resu
             logprobs: sampling.logprobs,
             ..Default::default()
         },
-        monitor: MonitorDraft {
-            mode: Some(Mode::Enforce),
-            policy: (!monitor.policy.is_empty()).then_some(monitor.policy),
-            return_scores: monitor.return_scores,
-            hold_back: monitor.hold_back,
-        },
-        interventions: vec![],
-        refusal_head: None,
-        capture: None,
-        skip_prefix_cache: false,
-        deadline: None,
     };
-    let snapshot = server.registry.snapshot();
-    let request = prepare(
-        draft,
-        &server.engine,
-        &Arc::clone(&snapshot),
-        &server.defaults,
-    )?;
-    let mut events = server.engine.submit(request)?;
-    let mut folded = Folded::default();
-    while let Some(event) = events.next().await {
-        folded.take(event)?;
+    let bench = Bench {
+        engine: server.engine.clone(),
+        snapshot: server.registry.snapshot(),
+        defaults: server.defaults.clone(),
+        in_flight: 1,
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("in"), folder.path().join("out"));
+    std::fs::write(&data, json!({"id": "one", "raw": text}).to_string()).unwrap();
+    answer::generate(&bench, &data, &out, &options, &mut |_, _| {})
+        .await
+        .unwrap();
+    let row = std::fs::read(&out).unwrap();
+    Some(serde_json::from_slice(&row).unwrap())
+}
+
+/// The same answer as the wire's, an abort before the first token included.
+fn check_row(row: &Value, wire: &Answer, case: &str) {
+    assert_eq!(row["id"], "one", "{case}");
+    assert_eq!(row["text"].as_str(), Some(wire.text.as_str()), "{case}");
+    assert_eq!(row["token_ids"], json!(wire.token_ids), "{case}");
+    let Some(completed) = &wire.completed else {
+        assert_eq!(row["finish_reason"], "refused_by_policy", "{case}");
+        assert_eq!(row["action"], "abort", "{case}");
+        return;
+    };
+    let word = |name: &str, prefix: &str| {
+        let word = name.strip_prefix(prefix).expect("an enum's own prefix");
+        word.to_ascii_lowercase()
+    };
+    let reason = word(completed.finish_reason().as_str_name(), "FINISH_REASON_");
+    assert_eq!(row["finish_reason"], reason, "{case}");
+    let action = word(completed.action().as_str_name(), "POLICY_ACTION_");
+    assert_eq!(row["action"], action, "{case}");
+}
+
+/// To the last bit.
+fn check_scores(row: &Value, scores: &[ProbeScore], case: &str) {
+    let of_row = row["scores"].as_object().unwrap();
+    assert_eq!(of_row.len(), scores.len(), "{case}: {of_row:?} {scores:?}");
+    for score in scores {
+        let logit = of_row[&score.probe]["logit"].as_f64().unwrap();
+        assert_eq!(logit as f32, score.logit, "{case}");
     }
-    Ok(folded)
 }
 
 fn input(change: impl Fn(&mut SamplingOptions)) -> GenerationInput {
