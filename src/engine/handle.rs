@@ -56,6 +56,8 @@ pub struct EngineOptions {
     pub kv_type: KvType,
     /// Threads for the arithmetic; 0 takes one per core.
     pub threads: usize,
+    /// Memory for captured states that nobody has read yet, in bytes, over all requests.
+    pub capture_bytes: u64,
     /// Positions per sequence; none takes the model's own limit.
     pub context_limit: Option<usize>,
     /// Keys the prompt hashes of decision records.
@@ -71,6 +73,7 @@ impl Default for EngineOptions {
             kv_bytes: 1 << 30,
             kv_type: KvType::F32,
             threads: 0,
+            capture_bytes: 1 << 30,
             context_limit: None,
             journal_key: random_key(),
         }
@@ -134,6 +137,7 @@ struct Inner {
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     max_waiting: usize,
+    capture_bytes: u64,
 }
 
 /// What the handle and the thread both see.
@@ -144,6 +148,8 @@ pub(super) struct Shared {
     pub(super) queued_tokens: AtomicUsize,
     pub(super) kv_blocks_used: AtomicUsize,
     pub(super) steps: AtomicU64,
+    /// Promised to captures whose events are still held.
+    capture_bytes: AtomicU64,
     draining: AtomicBool,
     ended: AtomicBool,
     in_flight: Mutex<HashMap<String, Arc<AtomicBool>>>,
@@ -202,22 +208,38 @@ impl EngineThread {
 }
 
 /// The events of one request. Dropping it cancels the request at the next step.
-pub struct Events(mpsc::Receiver<Event>);
+pub struct Events {
+    receiver: mpsc::Receiver<Event>,
+    _captures: Lease,
+}
+
+/// Memory that a request's captures may take until its events are dropped.
+struct Lease {
+    bytes: u64,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let bytes = &self.shared.capture_bytes;
+        bytes.fetch_sub(self.bytes, Ordering::AcqRel);
+    }
+}
 
 impl Events {
     pub async fn next(&mut self) -> Option<Event> {
-        self.0.recv().await
+        self.receiver.recv().await
     }
 
     pub fn blocking_next(&mut self) -> Option<Event> {
-        self.0.blocking_recv()
+        self.receiver.blocking_recv()
     }
 
     pub fn poll_next(
         &mut self,
         context: &mut std::task::Context<'_>,
     ) -> std::task::Poll<Option<Event>> {
-        self.0.poll_recv(context)
+        self.receiver.poll_recv(context)
     }
 }
 
@@ -274,7 +296,7 @@ impl Engine {
         };
         let shared = Arc::new(Shared::default());
         let (sender, receiver) = commands::channel();
-        let max_waiting = options.max_waiting;
+        let (max_waiting, capture_bytes) = (options.max_waiting, options.capture_bytes);
         let thread = {
             let (info, shared) = (info.clone(), Arc::clone(&shared));
             let tokenizer = model.tokenizer.clone();
@@ -297,6 +319,7 @@ impl Engine {
             tokenizer: model.tokenizer,
             template: model.template,
             max_waiting,
+            capture_bytes,
         }));
         Ok((engine, EngineThread(thread)))
     }
@@ -327,6 +350,7 @@ impl Engine {
             return Err(Error::Unavailable("the engine has stopped".into()));
         }
         let place = self.take_place(&request.id)?;
+        let captures = self.lease(&request)?;
         let waiting = shared.waiting.fetch_add(1, Ordering::AcqRel);
         if waiting >= self.0.max_waiting {
             shared.waiting.fetch_sub(1, Ordering::AcqRel);
@@ -349,7 +373,39 @@ impl Engine {
             .commands
             .send(Command::Submit(Box::new(admission)))
             .map_err(|_| Error::Unavailable("the engine has stopped".into()))?;
-        Ok(Events(receiver))
+        Ok(Events {
+            receiver,
+            _captures: captures,
+        })
+    }
+
+    /// Promises memory for all that the request may capture: the engine waits for no reader.
+    fn lease(&self, request: &Request) -> Result<Lease> {
+        let (most, d_model) = (self.0.capture_bytes, self.0.info.config.d_model);
+        let bytes = most_captured(request).saturating_mul(4 * d_model as u64);
+        if bytes > most {
+            return Err(Error::invalid(
+                "sites",
+                format!(
+                    "the states take up to {bytes} bytes, and this server holds {most} at once; \
+                     ask for fewer sites, positions or tokens"
+                ),
+            ));
+        }
+        let shared = &self.0.shared;
+        let before = shared.capture_bytes.fetch_add(bytes, Ordering::AcqRel);
+        let lease = Lease {
+            bytes,
+            shared: Arc::clone(shared),
+        };
+        if before + bytes > most {
+            crate::metrics::queue_rejected("captures");
+            return Err(Error::Overloaded {
+                message: "captured states that nobody has read yet fill the memory for them".into(),
+                retry_after: Duration::from_millis(500),
+            });
+        }
+        Ok(lease)
     }
 
     fn take_place(&self, id: &str) -> Result<Place> {
@@ -411,6 +467,21 @@ impl Drop for Ended {
     fn drop(&mut self) {
         self.0.ended.store(true, Ordering::Release);
     }
+}
+
+/// Rows, over all sites, that a request may capture.
+fn most_captured(request: &Request) -> u64 {
+    let Some(wish) = &request.capture else {
+        return 0;
+    };
+    let prompt = request.prompt.tokens.len();
+    let answer = match &request.work {
+        Work::Generate => request.sampling.max_tokens.unwrap_or(0) as usize,
+        Work::Score { answer } => answer.len(),
+    };
+    let selected = |position: &usize| wish.positions.contains(*position, prompt);
+    let rows = (0..prompt + answer).filter(selected).count();
+    rows as u64 * wish.sites.len() as u64
 }
 
 /// A bound that the request's events cannot reach: the engine never waits for a reader.

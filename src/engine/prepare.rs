@@ -130,6 +130,13 @@ pub struct Defaults {
     pub overrides: bool,
 }
 
+impl Defaults {
+    /// Whether no caller may leave the policy.
+    fn binds(&self) -> bool {
+        self.mode == Mode::Enforce && !self.overrides
+    }
+}
+
 /// # Errors
 /// Whatever the caller must change, under the field's name in the contract (`input.…`).
 pub fn prepare(
@@ -147,6 +154,14 @@ pub fn prepare(
     let mut sampling = sampling_draft.check("input.sampling", engine.info().config.vocab_size)?;
     sampling.max_tokens = Some(fit(&prompt, &work, sampling.max_tokens, engine, defaults)?);
     let monitor = monitor(draft.monitor, snapshot, defaults)?;
+    if defaults.binds() && !draft.interventions.is_empty() {
+        return Err(Error::FailedPrecondition {
+            subject: "input.interventions".into(),
+            message: "the server enforces its policy, and a steered state could hide from it; \
+                      leave this unset, or have the server run with --overrides allow"
+                .into(),
+        });
+    }
     if draft.interventions.len() > INTERVENTION_LIMIT {
         return Err(Error::invalid(
             "input.interventions",
@@ -247,10 +262,12 @@ fn chat(messages: &[Message], engine: &Engine) -> Result<Prompt> {
         message: "the model has no chat template; send raw_text or tokens".into(),
     })?;
     let rendered = template.render(messages, engine.tokenizer())?;
-    let system_prompt = messages
-        .iter()
-        .find(|message| message.role == "system")
-        .map(|message| hex::encode(Sha256::digest(&message.content)));
+    let mut of_system = messages.iter().filter(|m| m.role == "system").peekable();
+    let system_prompt = of_system.peek().is_some().then(|| {
+        // Of one message, its text's hash; a second one makes it another's.
+        let all: Vec<&str> = of_system.map(|message| message.content.as_str()).collect();
+        hex::encode(Sha256::digest(all.join("\0")))
+    });
     let user_turns = messages.iter().filter(|m| m.role == "user").count();
     Ok(Prompt {
         form: PromptForm::Chat {
@@ -319,8 +336,7 @@ fn fit(
 
 fn monitor(draft: MonitorDraft, snapshot: &Arc<Snapshot>, defaults: &Defaults) -> Result<Monitor> {
     let mode = draft.mode.unwrap_or(defaults.mode);
-    let bound = defaults.mode == Mode::Enforce && !defaults.overrides;
-    if bound && (mode != Mode::Enforce || draft.policy.is_some()) {
+    if defaults.binds() && (mode != Mode::Enforce || draft.policy.is_some()) {
         let field = if mode == Mode::Enforce {
             "policy"
         } else {
@@ -405,10 +421,10 @@ fn intervention(
         }
     };
     let kind = intervention_kind(draft.kind, draft.strength, &field("strength"))?;
-    if !matches!(kind, InterventionKind::Add { .. }) && values.iter().all(|v| *v == 0.0) {
+    let Some(vector) = kind.prepare(&values) else {
         let message = "is all zero, so it has no direction; only an ADD can take it";
         return Err(Error::invalid(field("value"), message));
-    }
+    };
     let condition = draft
         .condition
         .map(|condition| resolve_condition(&condition, site, &field("condition"), engine, monitor))
@@ -417,7 +433,7 @@ fn intervention(
         name,
         site,
         kind,
-        vector: kind.prepare(&values),
+        vector,
         positions: draft.positions,
         condition,
     })

@@ -5,10 +5,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use sha2::{Digest, Sha256};
 
 use super::event::{Timings, Usage};
-use super::request::Prompt;
+use super::request::{Intervention, Prompt, Request};
 use super::sampler::Sampling;
 use crate::policy::{
-    Policy, PolicyIdentity, ProbeIdentity, PromptRecord, SamplingRecord, TimingsRecord, TokenCounts,
+    InterventionRecord, Policy, PolicyIdentity, ProbeIdentity, PromptRecord, SamplingRecord,
+    TimingsRecord, TokenCounts,
 };
 use crate::registry::Snapshot;
 
@@ -27,6 +28,20 @@ pub(super) fn probe_identities(snapshot: &Snapshot) -> Vec<ProbeIdentity> {
         content_hash: probe.content_hash.clone(),
     };
     snapshot.probes.iter().map(identity).collect()
+}
+
+pub(super) fn interventions(request: &Request) -> Vec<InterventionRecord> {
+    let of = |intervention: &Intervention| InterventionRecord {
+        name: intervention.name.clone(),
+        site: intervention.site.to_string(),
+        content_hash: hex::encode(intervention.content_hash(&request.monitor.snapshot)),
+    };
+    let head = request.refusal_head.iter().map(|head| InterventionRecord {
+        name: head.name.clone(),
+        site: String::new(),
+        content_hash: head.content_hash.clone(),
+    });
+    request.interventions.iter().map(of).chain(head).collect()
 }
 
 /// The key comes first and the digest is hashed again under it, so that neither a guess nor an

@@ -1,6 +1,7 @@
 //! One request in flight: what it has read, what was decided, what left.
 //! Knows tokens, scores and decisions; knows no tensors and no other sequence.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
@@ -9,7 +10,8 @@ use tokio::sync::mpsc;
 
 use super::blocks::{Block, BlockKey};
 use super::event::{
-    Completed, Delta, Event, FinishReason, Retract, Score, Started, Timings, Usage, Verdict,
+    Captured, Completed, Delta, Event, FinishReason, Retract, Score, Started, Timings, Usage,
+    Verdict,
 };
 use super::handle::{Admission, Place};
 use super::readout::{self, reads};
@@ -23,7 +25,7 @@ use crate::metrics;
 use crate::model::Tokenizer;
 use crate::policy::{
     Action, ActionTaken, Decision, DecisionRecord, DecisionSink, DecisionStep, Failed, Mode,
-    OnFailure, OutOfDomain, Policy, PolicyState, Reading, RuleAction, SteerKind, SteerPositions,
+    OnFailure, Policy, PolicyState, Reading, RuleAction, SteerKind, SteerPositions,
 };
 use crate::registry::{Head, Snapshot};
 
@@ -67,8 +69,12 @@ pub(super) struct Sequence {
     told_scores: usize,
     /// Whether anything has left in this attempt or an earlier one.
     anything_left: bool,
+    /// States of tokens that may yet be withheld, in order of position.
+    held_captures: VecDeque<Captured>,
     steps: Vec<DecisionStep>,
     actions: Vec<ActionTaken>,
+    /// Whether the sink was given the decision.
+    recorded: bool,
     pub(super) partially_monitored: bool,
     pub(super) out_of_domain: bool,
     arrived: Instant,
@@ -78,12 +84,13 @@ pub(super) struct Sequence {
     pub(super) finished: bool,
 }
 
-/// What a policy action changed in how this sequence is computed.
-#[derive(Clone)]
-pub(super) enum Effect {
-    None,
-    Steer(Intervention),
-    Head(Arc<Head>, f32),
+/// How this sequence is computed besides what its caller's interventions do.
+#[derive(Default)]
+pub(super) struct Effect {
+    /// The policy's.
+    pub(super) steer: Option<Intervention>,
+    /// With its gain: the caller's, until the policy puts its own in its place.
+    pub(super) head: Option<(Arc<Head>, f32)>,
 }
 
 /// By what a sequence is scored.
@@ -134,9 +141,9 @@ impl Sequence {
                 .probes
                 .iter()
                 .any(|probe| probe.out_of_domain(&request.prompt.form));
-        let effect = match &request.refusal_head {
-            Some(head) => Effect::Head(Arc::clone(head), 1.0),
-            None => Effect::None,
+        let effect = Effect {
+            steer: None,
+            head: request.refusal_head.clone().map(|head| (head, 1.0)),
         };
         let now = Instant::now();
         Self {
@@ -164,8 +171,10 @@ impl Sequence {
             fixed_tokens: 0,
             told_scores: 0,
             anything_left: false,
+            held_captures: VecDeque::new(),
             steps: Vec::new(),
             actions: Vec::new(),
+            recorded: false,
             partially_monitored: false,
             out_of_domain,
             arrived,
@@ -195,6 +204,10 @@ impl Sequence {
     /// Whether the pass that ends at the last known token is followed by a choice.
     pub(super) fn wants_logits(&self) -> bool {
         self.ending.is_none() && self.request.work == Work::Generate
+    }
+
+    pub(super) fn is_steered_by_caller(&self) -> bool {
+        !self.request.interventions.is_empty()
     }
 
     /// Whether nobody waits for the answer any more.
@@ -240,19 +253,39 @@ impl Sequence {
         if self.out_of_domain && self.monitored() {
             metrics::out_of_domain_served();
         }
+        if self.out_of_domain && self.judge_domain(around) == Flow::Done {
+            return;
+        }
         for position in 0..self.cached {
             self.observe(position);
             if matches!(self.request.work, Work::Score { .. }) {
                 self.tell_prompt_score(position);
             }
         }
-        if self.enforces()
-            && self.out_of_domain
-            && let OutOfDomain::Refuse { text } = self.policy().out_of_domain.clone()
-        {
-            self.act_on("out_of_domain", Action::Refuse);
-            self.refuse(&text, around);
+    }
+
+    /// A policy may refuse what a probe that it reads was not trained on.
+    fn judge_domain(&mut self, around: &Surroundings) -> Flow {
+        let snapshot = Arc::clone(&self.request.monitor.snapshot);
+        let form = &self.request.prompt.form;
+        let all = snapshot.probes.iter().enumerate();
+        let strange: Vec<(usize, &str)> = all
+            .filter(|(_, probe)| probe.out_of_domain(form))
+            .map(|(index, probe)| (index, &*probe.name))
+            .collect();
+        let (probes, names): (Vec<usize>, Vec<&str>) = strange.into_iter().unzip();
+        self.steps.push(DecisionStep::OutOfDomain { probes });
+        let policy = self.policy();
+        let Some(text) = policy.refuses_out_of_domain(&names) else {
+            return Flow::On;
+        };
+        self.verdict("out_of_domain", Action::Refuse, Vec::new());
+        self.acted = Action::Refuse;
+        if !self.enforces() {
+            return Flow::On;
         }
+        self.refuse(text, around);
+        Flow::Done
     }
 
     /// Takes in one pass over `rows` of its tokens. `outputs`: per row, what each probe said;
@@ -434,14 +467,20 @@ impl Sequence {
                 *kind,
                 *positions,
             ) {
-                Some(intervention) => self.rewind(Effect::Steer(intervention)),
+                Some(intervention) => {
+                    self.effect.steer = Some(intervention);
+                    self.rewind()
+                }
                 None => self.missing(&rule.name, around),
             },
             RuleAction::RefusalHead { head, strength } => {
                 match self.request.monitor.snapshot.heads.get(head) {
                     Some(head) => {
-                        let head = Arc::clone(head);
-                        self.rewind(Effect::Head(head, *strength))
+                        self.effect = Effect {
+                            steer: None,
+                            head: Some((Arc::clone(head), *strength)),
+                        };
+                        self.rewind()
                     }
                     None => self.missing(&rule.name, around),
                 }
@@ -465,13 +504,8 @@ impl Sequence {
         Flow::Done
     }
 
-    fn act_on(&mut self, rule: &str, action: Action) {
-        self.verdict(rule, action, Vec::new());
-        self.acted = self.acted.max(action);
-    }
-
-    /// Withdraws the answer so far; the last prompt token runs again under `effect`.
-    fn rewind(&mut self, effect: Effect) -> Flow {
+    /// Withdraws the answer so far; the last prompt token runs again under the new effect.
+    fn rewind(&mut self) -> Flow {
         let retract = self.withdraw("", Vec::new());
         if let Some(retract) = retract {
             self.tell(Event::Retract(retract));
@@ -481,7 +515,6 @@ impl Sequence {
         self.readout.rewind(&self.readout_policy);
         self.steps.push(DecisionStep::Rewind);
         self.history.rewind();
-        self.effect = effect;
         self.attempt += 1;
         self.ending = None;
         let prompt_len = self.prompt_len();
@@ -500,6 +533,7 @@ impl Sequence {
         self.withheld += decided;
         metrics::tokens_withheld(decided);
         self.told_scores = 0;
+        self.held_captures.clear();
         let left = withdrawn.released_tokens > 0 || withdrawn.released_text_bytes > 0;
         left.then(|| {
             metrics::retracted();
@@ -581,7 +615,7 @@ impl Sequence {
             return Choice::Ends(FinishReason::Stop);
         }
         if sampling.stop_token_ids.contains(&pick.token) {
-            return Choice::Ends(FinishReason::StopSequence);
+            return Choice::Ends(FinishReason::Stop);
         }
         metrics::tokens_generated(1);
         let bytes = around.tokenizer.token_bytes(pick.token);
@@ -608,7 +642,7 @@ impl Sequence {
 
     /// A steered state that leaves no finite logits is a failure of who steered.
     fn fail_choice(&mut self, error: Error, around: &Surroundings) {
-        if matches!(self.effect, Effect::Steer(_)) {
+        if self.effect.steer.is_some() {
             return self.fail_monitor(
                 "steering",
                 "the steered state gave no finite logits",
@@ -683,6 +717,7 @@ impl Sequence {
     }
 
     fn pass_on(&mut self, released: Option<Released>) {
+        self.tell_captures();
         let scores = self.new_scores();
         let released = released.unwrap_or_default();
         if released.text.is_empty() && released.token_ids.is_empty() && scores.is_empty() {
@@ -737,6 +772,27 @@ impl Sequence {
                 readout::token_score(&self.request, probe, position as u32, output.logit)
             })
             .collect()
+    }
+
+    /// Takes in states of the last pass. Those of the prompt go at once; a generated token's, which
+    /// names the token, no sooner than the token itself.
+    pub(super) fn captured(&mut self, captured: Captured) {
+        let own = captured.first_position as usize >= self.prompt_len();
+        if own && self.request.work == Work::Generate {
+            self.held_captures.push_back(captured);
+        } else {
+            self.tell(Event::Captured(captured));
+        }
+    }
+
+    fn tell_captures(&mut self) {
+        let released = self.prompt_len() + self.release.released();
+        while let Some(next) = self.held_captures.front()
+            && (next.first_position as usize) < released
+            && let Some(next) = self.held_captures.pop_front()
+        {
+            self.tell(Event::Captured(next));
+        }
     }
 
     fn tell_prompt_score(&mut self, position: usize) {
@@ -801,7 +857,7 @@ impl Sequence {
     }
 
     fn finish(&mut self, reason: FinishReason, around: &Surroundings) {
-        let refused = matches!(self.effect, Effect::Head(..)) && self.acted == Action::RefusalHead;
+        let refused = self.acted == Action::RefusalHead;
         let reason = match reason {
             FinishReason::Stop | FinishReason::StopSequence | FinishReason::Length if refused => {
                 FinishReason::RefusedByPolicy
@@ -840,13 +896,18 @@ impl Sequence {
 
     /// Whether its answer's blocks hold what any other request would have computed.
     pub(super) fn answer_is_plain(&self) -> bool {
-        !matches!(self.effect, Effect::Steer(_))
+        self.effect.steer.is_none()
     }
 
     /// Gives the finished decision to the sink, before anybody is told of the end.
     fn hand_over(&mut self, finish_reason: &str, around: &Surroundings) {
+        if self.recorded {
+            return;
+        }
         let timings = self.timings();
         let usage = self.usage();
+        // Before the call: a sink that panics is not called again.
+        self.recorded = true;
         around.sink.record(DecisionRecord {
             request_id: self.request.id.clone(),
             snapshot_hash: self.request.monitor.snapshot.hash.clone(),
@@ -854,6 +915,7 @@ impl Sequence {
             mode: self.request.monitor.mode,
             probes: record::probe_identities(&self.request.monitor.snapshot),
             prompt: record::prompt(&self.request.prompt, &around.journal_key),
+            interventions: record::interventions(&self.request),
             steps: std::mem::take(&mut self.steps),
             actions: std::mem::take(&mut self.actions),
             action: self.state.action().max(self.acted),
@@ -897,7 +959,7 @@ fn steering(
         name: vector.name.clone(),
         site,
         kind,
-        vector: kind.prepare(&vector.values),
+        vector: kind.prepare(&vector.values)?,
         positions: match positions {
             SteerPositions::LastPromptToken => PositionSelection::LastPromptToken,
             SteerPositions::Generated => PositionSelection::Generated,

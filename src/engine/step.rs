@@ -8,20 +8,21 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc as commands;
 use std::time::Instant;
 
+use candle_core::Tensor;
 use inwit_probes::TokenOutput;
 
 use super::blocks::{BlockKey, BlockPool, BlockScores, Found, block_key};
-use super::event::{Captured, Event};
+use super::event::Captured;
 use super::handle::{Admission, Command, EngineOptions, ModelInfo, Shared};
 use super::readout::readout_policy;
 use super::request::{Intervention, Work};
 use super::scheduler::{Pending, next_step};
-use super::sequence::{Effect, Scored, Sequence, Surroundings};
+use super::sequence::{Scored, Sequence, Surroundings};
 use crate::error::{Error, Result};
 use crate::hooks::{HookPlan, HookRun, ProbeStack, RowCondition};
 use crate::metrics;
 use crate::model::kernels::KV_BLOCK;
-use crate::model::{Batch, Decoder, KvCache, RefusalRow, Tokenizer};
+use crate::model::{Batch, Decoder, KvCache, RefusalRow, Span, Tokenizer, host};
 use crate::policy::{DecisionSink, Mode, Policy};
 use crate::registry::Snapshot;
 
@@ -93,14 +94,8 @@ impl StepLoop {
     /// Runs until no handle is left and every sequence has ended.
     pub(super) fn run(&mut self) {
         while self.listen() {
-            self.drop_the_gone();
-            self.admit();
-            if self.running.is_empty() {
-                self.tell_load();
-                continue;
-            }
-            let step = catch_unwind(AssertUnwindSafe(|| self.step()));
-            let failure = match step {
+            let round = catch_unwind(AssertUnwindSafe(|| self.round()));
+            let failure = match round {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(error),
                 Err(_) => Some(Error::internal("the step panicked")),
@@ -110,6 +105,15 @@ impl StepLoop {
             }
             self.running.retain(|sequence| !sequence.finished);
             self.tell_load();
+        }
+    }
+
+    fn round(&mut self) -> Result<()> {
+        self.drop_the_gone();
+        self.admit();
+        match self.running.is_empty() {
+            true => Ok(()),
+            false => self.step(),
         }
     }
 
@@ -163,14 +167,15 @@ impl StepLoop {
             if late(&self.waiting[index])
                 && let Some(admission) = self.waiting.remove(index)
             {
-                let mut sequence = self.sequence(admission);
+                let (sequence, _, around) = self.take_in(admission);
                 if sequence.is_abandoned() {
-                    sequence.finish_failed(Error::Cancelled, &self.around);
+                    sequence.finish_failed(Error::Cancelled, around);
                 } else {
-                    sequence.finish_late(&self.around);
+                    sequence.finish_late(around);
                 }
             }
         }
+        self.running.retain(|sequence| !sequence.finished);
     }
 
     /// Starts waiting requests, first come first served, while there is room for all they may need.
@@ -189,13 +194,11 @@ impl StepLoop {
                 return;
             }
             if let Some(admission) = self.waiting.pop_front() {
-                let mut sequence = self.sequence(admission);
-                self.use_cache(&mut sequence);
-                sequence.start(&self.around);
-                if !sequence.finished {
-                    self.running.push(sequence);
-                }
+                let (sequence, blocks, around) = self.take_in(admission);
+                use_cache(sequence, blocks);
+                sequence.start(around);
             }
+            self.running.retain(|sequence| !sequence.finished);
         }
     }
 
@@ -213,6 +216,14 @@ impl StepLoop {
         };
         let answer = answer.min(fits);
         (answer, (prompt + answer).div_ceil(KV_BLOCK))
+    }
+
+    /// Puts a request among the running: whatever fails from here on is told to it.
+    fn take_in(&mut self, admission: Admission) -> (&mut Sequence, &BlockPool, &Surroundings) {
+        let sequence = self.sequence(admission);
+        self.running.push(sequence);
+        let sequence = self.running.last_mut().expect("pushed right here");
+        (sequence, &self.blocks, &self.around)
     }
 
     fn sequence(&mut self, admission: Admission) -> Sequence {
@@ -268,41 +279,6 @@ impl StepLoop {
             self.prepared.len() - 1
         });
         &self.prepared[index]
-    }
-
-    /// Takes the longest cached prefix, without the last prompt token: that one runs again.
-    fn use_cache(&self, sequence: &mut Sequence) {
-        if !sequence.request.use_prefix_cache || sequence.request.capture.is_some() {
-            return;
-        }
-        let probes = Arc::clone(&sequence.probe_hashes);
-        let full = (sequence.prompt_len() - 1) / KV_BLOCK;
-        let mut unscored = false;
-        let mut parent = None;
-        for index in 0..full {
-            let key = key_of(sequence, index, parent.as_ref());
-            match self.blocks.find(&key, &probes) {
-                Found::Block(block, scores) => {
-                    sequence.blocks.push(block);
-                    for slot in 0..KV_BLOCK {
-                        sequence
-                            .outputs
-                            .push(scores.iter().map(|probe| probe[slot]).collect());
-                    }
-                }
-                Found::Unscored => {
-                    unscored = true;
-                    break;
-                }
-                Found::Nothing => break,
-            }
-            parent = Some(key);
-        }
-        sequence.cached = sequence.blocks.len() * KV_BLOCK;
-        sequence.computed = sequence.cached;
-        let missed = (sequence.prompt_len() - sequence.cached) as u32;
-        let unscored = if unscored { missed } else { 0 };
-        metrics::prefix_cache_looked_up(sequence.cached as u32, missed, unscored);
     }
 
     /// One pass over the rows that the scheduler picks.
@@ -380,27 +356,36 @@ impl StepLoop {
         let refusals: Vec<RefusalRow<'_>> = chosen
             .iter()
             .enumerate()
-            .filter_map(|(row, index)| match &running[*index].effect {
-                Effect::Head(head, gain) => Some(RefusalRow {
+            .filter_map(|(row, index)| {
+                let (head, gain) = running[*index].effect.head.as_ref()?;
+                Some(RefusalRow {
                     row,
                     a: &head.a,
                     b: &head.b,
                     gain: *gain,
-                }),
-                _ => None,
+                })
             })
             .collect();
-        let logits = self.pool.install(|| {
+        let steered = picked.iter().zip(&batch.spans);
+        let steered = steered.filter(|((index, _), _)| running[*index].is_steered_by_caller());
+        let steered: Vec<_> = steered.map(|((index, _), span)| (*index, span)).collect();
+        let (logits, broken) = self.pool.install(|| {
             let hidden = decoder.forward(batch, kv, &mut run)?;
-            if last_rows.is_empty() {
-                return Ok(Vec::new());
-            }
-            decoder.logits(&hidden, &last_rows, &refusals)
+            let broken = match steered.is_empty() {
+                true => Vec::new(),
+                false => not_finite(&hidden, &steered)?,
+            };
+            let logits = match last_rows.is_empty() {
+                true => Vec::new(),
+                false => decoder.logits(&hidden, &last_rows, &refusals)?,
+            };
+            Ok::<_, Error>((logits, broken))
         })?;
-        let scores = run.finish();
+        let mut scores = run.finish();
+        let mut captured = std::mem::take(&mut scores.captured);
         let vocab = self.info.config.vocab_size;
         for ((index, rows), span) in picked.iter().zip(&batch.spans) {
-            let outputs = (span.first_row..span.first_row + span.rows)
+            let outputs: Vec<Vec<TokenOutput>> = (span.first_row..span.first_row + span.rows)
                 .map(|row| {
                     let outputs = scores.of_row(row).unwrap_or_default();
                     outputs
@@ -409,6 +394,7 @@ impl StepLoop {
                         .collect()
                 })
                 .collect();
+            let captured: Vec<_> = captured.extract_if(.., |c| c.key == *index).collect();
             let failed = scores
                 .failures
                 .iter()
@@ -420,10 +406,16 @@ impl StepLoop {
                 sequence.finish_failed(error, &self.around);
                 continue;
             }
+            if broken.contains(index) {
+                let message = "left no finite hidden state; use a smaller strength";
+                let error = Error::invalid("input.interventions", message);
+                sequence.finish_failed(error, &self.around);
+                continue;
+            }
             let place = chosen.iter().position(|chosen| chosen == index);
             let logits = place.map(|place| &logits[place * vocab..(place + 1) * vocab]);
-            for captured in scores.captured.iter().filter(|c| c.key == *index) {
-                sequence.tell_captured(captured, span.first_row, span.start);
+            for captured in captured {
+                sequence.take_captured(captured, span.first_row, span.start);
             }
             sequence.after_pass(*rows, outputs, logits, &self.around);
         }
@@ -459,8 +451,10 @@ impl StepLoop {
 
     fn fail_all(&mut self, error: &Error) {
         tracing::error!(%error, "a step failed; its requests are told");
-        for sequence in &mut self.running {
-            sequence.finish_failed(error.clone(), &self.around);
+        for sequence in self.running.iter_mut().filter(|s| !s.finished) {
+            let end = || sequence.finish_failed(error.clone(), &self.around);
+            // A sink that panics must not keep the others from hearing.
+            let _ = catch_unwind(AssertUnwindSafe(end));
         }
     }
 
@@ -482,6 +476,53 @@ const FAILED: TokenOutput = TokenOutput {
     key: None,
 };
 
+/// Takes the longest cached prefix, without the last prompt token: that one runs again.
+fn use_cache(sequence: &mut Sequence, blocks: &BlockPool) {
+    if !sequence.request.use_prefix_cache || sequence.request.capture.is_some() {
+        return;
+    }
+    let probes = Arc::clone(&sequence.probe_hashes);
+    let full = (sequence.prompt_len() - 1) / KV_BLOCK;
+    let mut unscored = false;
+    let mut parent = None;
+    for index in 0..full {
+        let key = key_of(sequence, index, parent.as_ref());
+        match blocks.find(&key, &probes) {
+            Found::Block(block, scores) => {
+                sequence.blocks.push(block);
+                for slot in 0..KV_BLOCK {
+                    sequence
+                        .outputs
+                        .push(scores.iter().map(|probe| probe[slot]).collect());
+                }
+            }
+            Found::Unscored => {
+                unscored = true;
+                break;
+            }
+            Found::Nothing => break,
+        }
+        parent = Some(key);
+    }
+    sequence.cached = sequence.blocks.len() * KV_BLOCK;
+    sequence.computed = sequence.cached;
+    let missed = (sequence.prompt_len() - sequence.cached) as u32;
+    let unscored = if unscored { missed } else { 0 };
+    metrics::prefix_cache_looked_up(sequence.cached as u32, missed, unscored);
+}
+
+/// Sequences with a row that is not finite after the last layer: an overflow anywhere ends there.
+fn not_finite(hidden: &Tensor, sequences: &[(usize, &Span)]) -> Result<Vec<usize>> {
+    let width = hidden.dim(1)?;
+    host::read(hidden, |hidden| {
+        let rows = |span: &Span| span.first_row * width..(span.first_row + span.rows) * width;
+        let broken = sequences
+            .iter()
+            .filter(|(_, span)| !hidden[rows(span)].iter().all(|value| value.is_finite()));
+        broken.map(|(index, _)| *index).collect()
+    })
+}
+
 fn content_hashes(snapshot: &Snapshot) -> Vec<String> {
     let probes = snapshot.probes.iter();
     probes.map(|probe| probe.content_hash.clone()).collect()
@@ -500,10 +541,7 @@ fn plan_sequence(
     if let Some(stack) = &sequence.stack {
         plan.score(stack, first_row..first_row + positions.len());
     }
-    let policy_steers = match &sequence.effect {
-        Effect::Steer(intervention) => Some(intervention),
-        _ => None,
-    };
+    let policy_steers = &sequence.effect.steer;
     for intervention in sequence.request.interventions.iter().chain(policy_steers) {
         for position in positions.clone() {
             if intervention.positions.contains(position, prompt_len) {
@@ -583,13 +621,13 @@ fn scores_of_block(outputs: &[Vec<TokenOutput>], block: usize, probes: &[String]
 }
 
 impl Sequence {
-    fn tell_captured(&self, captured: &crate::hooks::Captured, first_row: usize, start: usize) {
+    fn take_captured(&mut self, captured: crate::hooks::Captured, first_row: usize, start: usize) {
         let from = start + captured.rows.start - first_row;
-        self.tell(Event::Captured(Captured {
+        self.captured(Captured {
             site: captured.site,
             first_position: from as u32,
             tokens: self.tokens[from..from + captured.rows.len()].to_vec(),
-            values: captured.values.clone(),
-        }));
+            values: captured.values,
+        });
     }
 }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use inwit_probes::Site;
 
 use super::stack::ProbeStack;
-use crate::model::kernels::l2_norm;
 
 /// How many interventions one request may ask for.
 pub const INTERVENTION_LIMIT: usize = 64;
@@ -66,13 +65,17 @@ pub enum InterventionKind {
 }
 
 impl InterventionKind {
-    /// The vector as `HookPlan::steer` takes it: of unit length where the formula asks for it.
-    pub fn prepare(&self, vector: &[f32]) -> Arc<[f32]> {
+    /// The vector as `HookPlan::steer` takes it: of unit length where the formula asks for it,
+    /// which a vector of zeros cannot have; then there is none.
+    pub fn prepare(&self, vector: &[f32]) -> Option<Arc<[f32]>> {
         match self {
-            Self::Add { .. } => Arc::from(vector),
+            Self::Add { .. } => Some(Arc::from(vector)),
             Self::ProjectOut | Self::ClampAbove { .. } | Self::ClampBelow { .. } => {
-                let length = l2_norm(vector);
-                vector.iter().map(|value| value / length).collect()
+                // In f64 the squares of finite f32 neither overflow nor vanish.
+                let square = |value: &f32| f64::from(*value).powi(2);
+                let length = vector.iter().map(square).sum::<f64>().sqrt();
+                let unit = |value: &f32| (f64::from(*value) / length) as f32;
+                (length > 0.0).then(|| vector.iter().map(unit).collect())
             }
         }
     }

@@ -74,6 +74,7 @@ mod tests {
             mode: Default::default(),
             probes: vec![],
             prompt: Default::default(),
+            interventions: vec![],
             steps: vec![],
             actions: vec![],
             action: Action::Allow,

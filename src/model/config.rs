@@ -139,7 +139,7 @@ fn scale_frequency(inv_freq: f32, scaling: RopeScaling) -> f32 {
 /// Larger than any model Inwit can run, small enough that products of them cannot overflow.
 const MAX_LAYERS: usize = 1024;
 const MAX_HEADS: usize = 1024;
-const MAX_HEAD_DIM: usize = 1024;
+pub(super) const MAX_HEAD_DIM: usize = 1024;
 const MAX_WIDTH: usize = 1 << 18;
 const MAX_VOCABULARY: usize = 1 << 22;
 const MAX_CONTEXT: usize = 1 << 26;

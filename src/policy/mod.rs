@@ -20,8 +20,9 @@ use serde::{Deserialize, Serialize};
 pub use compile::{Catalog, MAX_HOLD_BACK, MAX_STRENGTH};
 pub use document::{DEFAULT_THRESHOLD, MAX_DOCUMENT_BYTES};
 pub use record::{
-    ActionTaken, DecisionRecord, DecisionSink, DecisionStep, LoggedOutput, Outcome, PolicyIdentity,
-    ProbeIdentity, PromptRecord, SamplingRecord, TimingsRecord, TokenCounts, replay,
+    ActionTaken, DecisionRecord, DecisionSink, DecisionStep, InterventionRecord, LoggedOutput,
+    Outcome, PolicyIdentity, ProbeIdentity, PromptRecord, SamplingRecord, TimingsRecord,
+    TokenCounts, replay,
 };
 pub use state::{Decision, Failed, Fired, PolicyState, Reading};
 
@@ -291,6 +292,20 @@ impl Policy {
 
     pub fn is_empty(&self) -> bool {
         self.detectors.is_empty() && self.rules.is_empty()
+    }
+
+    /// The text that stands in place of the answer to a request that these probes were not
+    /// trained on, where this policy reads one of them, or reads none at all and leaves it to any.
+    pub fn refuses_out_of_domain(&self, probes: &[&str]) -> Option<&str> {
+        let reads = |probe: &&str| self.detectors.iter().any(|d| *d.probe_name == **probe);
+        let concerned = match self.detectors.is_empty() {
+            true => !probes.is_empty(),
+            false => probes.iter().any(reads),
+        };
+        match &self.out_of_domain {
+            OutOfDomain::Refuse { text } => concerned.then_some(text),
+            OutOfDomain::Serve => None,
+        }
     }
 }
 

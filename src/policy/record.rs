@@ -21,6 +21,8 @@ pub struct DecisionRecord {
     /// In the order of `outputs` in the steps.
     pub probes: Vec<ProbeIdentity>,
     pub prompt: PromptRecord,
+    /// What the caller had changed in the pass, in order.
+    pub interventions: Vec<InterventionRecord>,
     /// Every pass and every decision, in order, over all attempts of generation.
     pub steps: Vec<DecisionStep>,
     /// What the engine did, or would have done, in order.
@@ -63,6 +65,17 @@ pub struct PromptRecord {
     pub content_start: u32,
 }
 
+/// A caller's intervention, or refusal head, without its numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InterventionRecord {
+    /// Of the vector or head; `inline` where it came by value.
+    pub name: String,
+    /// Empty for a refusal head.
+    pub site: String,
+    pub content_hash: String,
+}
+
 /// What went into the policy and what came out, in the order of the calls on `PolicyState`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "step", rename_all = "snake_case", deny_unknown_fields)]
@@ -81,6 +94,10 @@ pub enum DecisionStep {
     },
     EndOfAnswer {
         tokens: u32,
+    },
+    /// The request is of a kind that these of the record's probes were not trained on.
+    OutOfDomain {
+        probes: Vec<usize>,
     },
     Decided {
         decision: Decision,
@@ -199,6 +216,7 @@ pub fn replay(policy: &Policy, record: &DecisionRecord) -> Result<Outcome> {
     };
     let mut state = PolicyState::new(policy);
     let mut decisions = Vec::new();
+    let mut before_the_pass = Action::Allow;
     for step in &record.steps {
         match step {
             DecisionStep::Prompt {
@@ -213,12 +231,19 @@ pub fn replay(policy: &Policy, record: &DecisionRecord) -> Result<Outcome> {
                 outputs,
             } => state.observe_generated(policy, *k, *position, &arranged(outputs)),
             DecisionStep::EndOfAnswer { tokens } => state.end_of_answer(policy, *tokens),
+            DecisionStep::OutOfDomain { probes } => {
+                let recorded = probes.iter().filter_map(|index| record.probes.get(*index));
+                let names: Vec<&str> = recorded.map(|probe| probe.name.as_str()).collect();
+                if policy.refuses_out_of_domain(&names).is_some() {
+                    before_the_pass = Action::Refuse;
+                }
+            }
             DecisionStep::Decided { .. } => decisions.push(state.decide(policy)),
             DecisionStep::Rewind => state.rewind(policy),
         }
     }
     Ok(Outcome {
-        action: state.action(),
+        action: state.action().max(before_the_pass),
         decisions,
         readings: state.readings(policy),
     })
@@ -333,6 +358,7 @@ mod exact_option {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::OutOfDomain;
     use super::super::testing::{COMPLIES, HARM, WRITING, policy};
     use super::*;
 
@@ -368,6 +394,7 @@ mod tests {
                 .map(probe)
                 .to_vec(),
             prompt: PromptRecord::default(),
+            interventions: vec![],
             steps,
             actions: vec![],
             action: Action::Allow,
@@ -426,7 +453,7 @@ mod tests {
                 }
                 DecisionStep::EndOfAnswer { tokens } => state.end_of_answer(policy, *tokens),
                 DecisionStep::Rewind => state.rewind(policy),
-                DecisionStep::Decided { .. } => {}
+                DecisionStep::Decided { .. } | DecisionStep::OutOfDomain { .. } => {}
             }
             steps.push(call);
             let decision = state.decide(policy);
@@ -482,6 +509,20 @@ mod tests {
             replay(&policy(flagging), &record).unwrap().action,
             Action::Flag
         );
+    }
+
+    #[test]
+    fn a_refusal_out_of_domain_is_replayed_for_the_probes_that_a_policy_reads() {
+        let mut refusing = policy(RULES);
+        refusing.detectors.retain(|detector| detector.probe != 3);
+        refusing.out_of_domain = OutOfDomain::Refuse { text: "no".into() };
+        let action = |policy: &Policy, probes: Vec<usize>| {
+            let steps = vec![DecisionStep::OutOfDomain { probes }];
+            replay(policy, &record(policy, steps)).unwrap().action
+        };
+        assert_eq!(action(&refusing, vec![HARM]), Action::Refuse);
+        assert_eq!(action(&refusing, vec![3]), Action::Allow);
+        assert_eq!(action(&policy(RULES), vec![HARM]), Action::Allow);
     }
 
     #[test]

@@ -93,7 +93,7 @@ fn a_stop_token_ends_the_answer_and_is_no_part_of_it() {
     stopped.sampling.stop_token_ids = vec![stop];
     let outcome = rig.run(&snapshot, stopped);
     assert_eq!(outcome.tokens(), &plain.tokens()[..first]);
-    assert_eq!(outcome.reason(), FinishReason::StopSequence);
+    assert_eq!(outcome.reason(), FinishReason::Stop);
 }
 
 #[test]

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use inwit::engine::Draft;
 use inwit::engine::event::FinishReason;
+use inwit::engine::{Defaults, Draft, prepare};
 use inwit::error::Error;
 use inwit::hooks::Site;
-use inwit::policy::Mode;
+use inwit::journal::Memory;
+use inwit::policy::{DecisionRecord, DecisionSink, Mode};
 use inwit::registry::Snapshot;
 use inwit_probes::{Gather, Positions};
 
@@ -120,6 +121,51 @@ fn a_broken_neighbour_stops_nobody() {
     let serving = rig.submit(&healthy, watched()).unwrap();
     assert_eq!(Outcome::of(failing).reason(), FinishReason::MonitorFailed);
     assert_eq!(Outcome::of(serving).bits(), expected);
+}
+
+/// Panics at each record of an id that begins with `bad`, after noting it.
+struct Fragile(Memory);
+
+impl DecisionSink for Fragile {
+    fn record(&self, record: DecisionRecord) {
+        let bad = record.request_id.starts_with("bad");
+        self.0.record(record);
+        assert!(!bad, "this sink breaks on purpose");
+    }
+}
+
+#[test]
+fn a_sink_that_panics_is_called_once_per_request_and_stops_nobody() {
+    let sink = Arc::new(Fragile(Memory::new(64)));
+    let engine = Rig::engine(LLAMA, sink.clone());
+    let snapshot = Arc::new(Snapshot::empty());
+    let run = |id: &str, most: u32| {
+        let defaults = Defaults {
+            mode: Mode::Off,
+            policy: None,
+            max_tokens: 8,
+            overrides: true,
+        };
+        let request = prepare(plain().named(id).most(most), &engine, &snapshot, &defaults);
+        engine.submit(request.unwrap()).unwrap()
+    };
+    // They end in one step, the breaking one between two others.
+    let (first, bad, last) = (run("first", 3), run("bad", 3), run("last", 3));
+    let (first, bad, last) = (Outcome::of(first), Outcome::of(bad), Outcome::of(last));
+    assert!(
+        matches!(bad.error, Some(Error::Internal(_))),
+        "{:?}",
+        bad.error
+    );
+    assert_eq!(first.completed().finish_reason, FinishReason::Length);
+    assert!(last.error.is_some() || last.folded.completed.is_some());
+    let after = Outcome::of(run("after", 3));
+    assert_eq!(after.tokens(), first.tokens());
+    let ids: Vec<String> = sink.0.records().into_iter().map(|r| r.request_id).collect();
+    for id in ["first", "bad", "last", "after"] {
+        let times = ids.iter().filter(|other| *other == id).count();
+        assert_eq!(times, 1, "{id} in {ids:?}");
+    }
 }
 
 #[test]

@@ -7,10 +7,13 @@ use inwit::engine::{
     CaptureDraft, ConditionDraft, Draft, Event, InterventionDraft, InterventionKindDraft,
     PositionSelection, VectorDraft,
 };
+use inwit::error::Error;
 use inwit::hooks::Site;
-use inwit::policy::Mode;
+use inwit::policy::{Action, Mode};
 
-use crate::support::{FAMILIES, LLAMA, Outcome, Rig, Setup, Written, add, draft, prompt, push};
+use crate::support::{
+    FAMILIES, LLAMA, Outcome, Rig, Setup, Written, add, draft, numbers, prompt, push,
+};
 
 fn capturing(draft: Draft, sites: &[Site], positions: PositionSelection) -> Draft {
     Draft {
@@ -88,6 +91,118 @@ fn the_residual_stream_is_the_sum_of_what_is_added_to_it() {
         }
         assert_eq!(captures[&Site::Embed], captures[&Site::ResidPre(0)]);
     }
+}
+
+fn direction(kind: InterventionKindDraft, vector: Vec<f32>) -> InterventionDraft {
+    InterventionDraft {
+        vector: VectorDraft::Value(vector),
+        site: Some(Site::ResidPost(0).to_string()),
+        ..push(kind, None, PositionSelection::All)
+    }
+}
+
+#[test]
+fn a_direction_is_the_same_however_long_its_vector() {
+    let rig = Rig::start(LLAMA);
+    let snapshot = rig.library().snapshot();
+    let along = numbers(3, 64);
+    let of = |scale: f32| {
+        let vector = along.iter().map(|value| value * scale).collect();
+        let steered =
+            draft(prompt(1, 20)).steered(direction(InterventionKindDraft::ProjectOut, vector));
+        captures(&rig.run(
+            &snapshot,
+            capturing(steered, &[Site::ResidPost(0)], PositionSelection::All),
+        ))
+    };
+    // Squares of these overflow and vanish in f32.
+    let (plain, long, short) = (of(1.0), of(2f32.powi(80)), of(2f32.powi(-80)));
+    assert_eq!(long, plain);
+    assert_eq!(short, plain);
+    let row = &plain[&Site::ResidPost(0)][&5].1;
+    let dot: f32 = row.iter().zip(&along).map(|(a, b)| a * b).sum();
+    assert!(dot.abs() < 1e-4, "{dot} is left along the vector");
+}
+
+#[test]
+fn a_steered_state_that_is_not_finite_is_the_caller_s_fault_wherever_it_shows() {
+    let rig = Rig::start(LLAMA);
+    let snapshot = rig.library().complete().snapshot();
+    let huge = InterventionDraft {
+        vector: VectorDraft::Value(vec![3e38; 64]),
+        site: Some(Site::ResidPost(0).to_string()),
+        ..add(900.0, PositionSelection::All)
+    };
+    let answered = draft(prompt(1, 20)).steered(huge);
+    let watched = answered.clone().monitored(Mode::Enforce, "watch");
+    let scored = Draft {
+        score_only: true,
+        sampling: SamplingDraft::default(),
+        ..answered.clone().monitored(Mode::Shadow, "watch")
+    };
+    let site = [Site::ResidPost(1)];
+    let read = capturing(answered.clone(), &site, PositionSelection::AllPrompt);
+    for (case, wish) in [
+        ("answered", answered),
+        ("watched", watched),
+        ("scored", scored),
+        ("captured", read),
+    ] {
+        let outcome = rig.run(&snapshot, wish);
+        let named = matches!(&outcome.error, Some(Error::InvalidRequest { field, .. }) if field == "input.interventions");
+        assert!(named, "{case}: {:?}", outcome.error);
+        assert!(captures(&outcome).is_empty(), "{case}");
+    }
+    rig.settle();
+}
+
+#[test]
+fn a_caller_s_refusal_head_stays_when_the_policy_steers() {
+    let rig = Rig::start(LLAMA);
+    let snapshot = rig.library().complete().snapshot();
+    let headed = |draft: Draft| Draft {
+        refusal_head: Some("refusing".into()),
+        ..draft
+    };
+    let plain = || draft(prompt(1, 20));
+    let steered = || plain().monitored(Mode::Enforce, "steers");
+    let both = rig.run(&snapshot, headed(steered()));
+    let steered = rig.run(&snapshot, steered());
+    let headed = rig.run(&snapshot, headed(plain()));
+    assert_ne!(both.tokens(), steered.tokens());
+    assert_ne!(both.tokens(), headed.tokens());
+    assert_ne!(both.folded.logprobs[0], steered.folded.logprobs[0]);
+    assert_eq!(both.action(), Action::Steer);
+}
+
+#[test]
+fn states_that_nobody_reads_are_bounded_over_all_requests() {
+    // Two sites of 64 numbers for ten tokens of a prompt: 5,120 bytes.
+    let rig = Rig::start(Setup {
+        capture_bytes: 12_000,
+        ..LLAMA
+    });
+    let snapshot = rig.library().snapshot();
+    let sites = [Site::Embed, Site::FinalNorm];
+    let wish = |tokens| {
+        capturing(
+            draft(prompt(1, tokens)),
+            &sites,
+            PositionSelection::AllPrompt,
+        )
+    };
+    let held = [
+        rig.submit(&snapshot, wish(10)).unwrap(),
+        rig.submit(&snapshot, wish(10)).unwrap(),
+    ];
+    let refused = rig.submit(&snapshot, wish(10));
+    assert!(matches!(refused, Err(Error::Overloaded { .. })));
+    let never = rig.submit(&snapshot, wish(40));
+    assert!(matches!(never, Err(Error::InvalidRequest { field, .. }) if field == "sites"));
+    for events in held {
+        assert_eq!(captures(&Outcome::of(events)).len(), 2);
+    }
+    rig.submit(&snapshot, wish(10)).unwrap();
 }
 
 #[test]

@@ -137,7 +137,7 @@ fn an_empty_answer_has_stage_two_read_at_the_prompt() {
         assert_eq!(outcome.gathered("two").position, 29);
         let snapshot = self::snapshot(&rig, when, [YES, NO]);
         let outcome = rig.run(&snapshot, empty);
-        assert_eq!(outcome.reason(), FinishReason::StopSequence);
+        assert_eq!(outcome.reason(), FinishReason::Stop);
         assert_eq!(
             (outcome.folded.text.as_str(), outcome.tokens()),
             ("", &[][..])

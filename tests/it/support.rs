@@ -39,6 +39,7 @@ pub(crate) struct Setup {
     pub(crate) context: Option<usize>,
     /// Of memory for keys and values.
     pub(crate) kv_blocks: u64,
+    pub(crate) capture_bytes: u64,
 }
 
 pub(crate) const LLAMA: Setup = Setup {
@@ -50,6 +51,7 @@ pub(crate) const LLAMA: Setup = Setup {
     max_waiting: 256,
     context: None,
     kv_blocks: 4096,
+    capture_bytes: 1 << 30,
 };
 
 pub(crate) const GEMMA: Setup = Setup {
@@ -95,7 +97,7 @@ impl Rig {
         (Self { engine, journal }, gate)
     }
 
-    fn engine(setup: Setup, sink: Arc<dyn DecisionSink>) -> Engine {
+    pub(crate) fn engine(setup: Setup, sink: Arc<dyn DecisionSink>) -> Engine {
         let source = Source::open(&golden(setup.model)).unwrap();
         let model = Model::load(&source, &Placement::cpu(setup.weights)).unwrap();
         let options = EngineOptions {
@@ -105,6 +107,7 @@ impl Rig {
             kv_bytes: setup.kv_blocks * KvCache::block_bytes(model.decoder.config(), setup.kv),
             kv_type: setup.kv,
             threads: 1,
+            capture_bytes: setup.capture_bytes,
             context_limit: setup.context,
             journal_key: [7; 32],
         };

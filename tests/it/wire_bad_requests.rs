@@ -777,6 +777,18 @@ async fn an_enforcing_server_lets_nobody_leave_its_policy() {
         };
         assert_eq!(refusal(&status), expected);
     }
+    let steered = GenerationInput {
+        interventions: vec![Intervention {
+            vector: Some(Vector::Name("push".into())),
+            kind: InterventionKind::ProjectOut.into(),
+            positions: PositionSelection::AllPrompt.into(),
+            ..Default::default()
+        }],
+        ..good()
+    };
+    let status = unary(&mut client, steered).await.expect_err("refused");
+    assert_eq!(refusal(&status).field, "input.interventions");
+    assert_eq!(status.code(), Code::FailedPrecondition);
     let same = GenerationInput {
         monitor: Some(monitor(MonitorMode::Enforce, "")),
         ..good()

@@ -9,8 +9,9 @@ use inwit::policy::Mode;
 use inwit::rpc::proto::generate_stream_response::Event;
 use inwit::rpc::proto::generation_service_client::GenerationServiceClient;
 use inwit::rpc::proto::{
-    FinishReason, GenerateResponse, GenerateStreamRequest, GenerateStreamResponse, GenerationInput,
-    MonitorMode, PolicyAction, ProbeScore, SamplingOptions,
+    CaptureActivationsRequest, FinishReason, GenerateResponse, GenerateStreamRequest,
+    GenerateStreamResponse, GenerationInput, MonitorMode, PolicyAction, PositionSelection,
+    ProbeScore, SamplingOptions,
 };
 use inwit_probes::Positions;
 use serde_json::{Value, json};
@@ -333,6 +334,59 @@ async fn every_action_withholds_alike() {
             check_place(&server, &mut client, &plain, &input, fires_at, action).await;
         }
     }
+    server.idle().await;
+}
+
+/// The generated tokens whose states lay on the wire, and whether they came after a verdict.
+async fn captured(server: &Server, input: GenerationInput) -> Vec<(u32, bool)> {
+    use inwit::rpc::proto::capture_activations_response::Event as Item;
+    let request = CaptureActivationsRequest {
+        input: Some(input),
+        sites: vec!["hook_embed".into()],
+        positions: PositionSelection::Generated as i32,
+        ..Default::default()
+    };
+    let mut client = server.activation().await;
+    let mut items = client
+        .capture_activations(request)
+        .await
+        .unwrap()
+        .into_inner();
+    let (mut tokens, mut judged) = (Vec::new(), false);
+    while let Some(item) = items.message().await.unwrap() {
+        match item.event {
+            Some(Item::Verdict(_)) => judged = true,
+            Some(Item::Chunk(chunk)) => {
+                tokens.extend(chunk.token_ids.into_iter().map(|token| (token, judged)));
+            }
+            _ => {}
+        }
+    }
+    tokens
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_state_of_a_withheld_token_is_withheld_too() {
+    let server = start().await;
+    let mut client = server.generation().await;
+    let input = raw(PROMPT, LENGTH);
+    let plain = unary(&mut client, input.clone()).await.unwrap().token_ids;
+    for fires_at in [1, 2, 7, LENGTH] {
+        for hold_back in HOLDS {
+            let asked = enforced(&policy(fires_at, hold_back, "refuse"), input.clone());
+            let captured = captured(&server, asked).await;
+            // What the pass of the verdict itself read is not told.
+            let most = fires_at.saturating_sub(hold_back.max(1)) as usize;
+            let tokens: Vec<u32> = captured.iter().map(|(token, _)| *token).collect();
+            let case = format!("at {fires_at}, held back {hold_back}");
+            assert_eq!(tokens, plain[..most], "{case}");
+            assert!(captured.iter().all(|(_, judged)| !judged), "{case}");
+        }
+    }
+    // Nothing is lost where nothing is withheld.
+    let captured = captured(&server, enforced("watch", input)).await;
+    let tokens: Vec<u32> = captured.iter().map(|(token, _)| *token).collect();
+    assert_eq!(tokens, plain);
     server.idle().await;
 }
 

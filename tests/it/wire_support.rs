@@ -271,6 +271,7 @@ impl Default for Setup {
                 kv_bytes: 16 << 20,
                 kv_type: KvType::F32,
                 threads: 1,
+                capture_bytes: 1 << 30,
                 context_limit: None,
                 journal_key: [7; 32],
             },

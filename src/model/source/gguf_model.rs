@@ -11,7 +11,7 @@ use super::{
     Adjustment, EMBEDDING, HEAD, Parts, StoredTensor, StoredType, TensorEntry, WeightFile,
 };
 use crate::error::{Error, Result};
-use crate::model::config::RopeScaling;
+use crate::model::config::{MAX_HEAD_DIM, RopeScaling};
 use crate::model::{Activation, ChatTemplate, Family, ModelConfig, Rope};
 
 pub(super) fn open(path: &Path) -> Result<Parts> {
@@ -28,6 +28,14 @@ pub(super) fn open(path: &Path) -> Result<Parts> {
 
     let rope_divisors = match entries.remove(ROPE_FREQUENCIES) {
         Some(entry) => {
+            let pairs = entry
+                .shape
+                .iter()
+                .try_fold(1usize, |n, d| n.checked_mul(*d));
+            if pairs.is_none_or(|pairs| pairs > MAX_HEAD_DIM / 2) {
+                let message = format!("`{ROPE_FREQUENCIES}` holds more than a head's rotary pairs");
+                return Err(fail(message));
+            }
             let bytes = file.read(entry)?;
             let divisors = entry.stored_type.to_f32(bytes.as_slice());
             Some(divisors.map_err(fail)?)

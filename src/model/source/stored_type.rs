@@ -148,16 +148,21 @@ pub(crate) struct AlignedBytes {
 }
 
 impl AlignedBytes {
-    pub(crate) fn zeroed(length: usize) -> Self {
-        let buffer = vec![0; length + ALIGNMENT];
+    /// Fails where there is no room: a file may claim any length.
+    pub(crate) fn zeroed(length: usize) -> Result<Self, String> {
+        let no_room = |_| format!("{length} bytes do not fit in memory");
+        let padded = length.saturating_add(ALIGNMENT);
+        let mut buffer = Vec::new();
+        buffer.try_reserve_exact(padded).map_err(no_room)?;
+        buffer.resize(padded, 0);
         // Zero where it cannot be computed, which only an interpreter does.
         let begin = buffer.as_ptr().align_offset(ALIGNMENT);
         let begin = if begin < ALIGNMENT { begin } else { 0 };
-        Self {
+        Ok(Self {
             buffer,
             begin,
             length,
-        }
+        })
     }
 
     pub(crate) fn as_slice(&self) -> &[u8] {
@@ -187,7 +192,7 @@ mod tests {
 
     #[test]
     fn a_q4_1_block_is_scale_times_nibble_plus_minimum() {
-        let mut bytes = AlignedBytes::zeroed(20);
+        let mut bytes = AlignedBytes::zeroed(20).expect("room");
         let block = bytes.as_mut_slice();
         block[..2].copy_from_slice(&f16::from_f32(0.5).to_le_bytes());
         block[2..4].copy_from_slice(&f16::from_f32(-1.0).to_le_bytes());
