@@ -686,6 +686,8 @@ impl Sequence {
         }
         self.release.end();
         let released = self.release.release(usize::MAX);
+        // What a stop string cut off.
+        self.withheld += (self.release.decided() - self.release.released()) as u32;
         self.pass_on(released);
         self.finish(reason, around);
     }
