@@ -160,6 +160,12 @@ impl Source {
             .map(|stored| stored.entry.stored_type)
     }
 
+    /// How each matrix is stored; vectors (norms, biases) are computed with in f32 in any case.
+    pub fn matrices(&self) -> impl Iterator<Item = StoredType> {
+        let matrices = self.tensors.values().filter(|t| t.entry.shape.len() >= 2);
+        matrices.map(|stored| stored.entry.stored_type)
+    }
+
     /// Names, as the files spell them, of tensors that nobody asked for.
     ///
     /// A model that ignores part of its checkpoint computes something else than its authors
