@@ -45,7 +45,7 @@ Exit codes:
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve a model over gRPC, every forward pass watched
-    Serve(serve::Args),
+    Serve(Box<serve::Args>),
     /// Ask a running server and print the answer as it comes
     Chat(chat::Args),
     /// Answer a file of prompts offline

@@ -9,7 +9,7 @@ use crate::error::Result;
 static LIBRARY: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/probes/library");
 
 /// The files that were fitted on this model's architecture; none when nothing was.
-pub fn library_for(model: &ModelIds) -> Result<Option<Vec<LibraryFile>>> {
+pub(super) fn library_for(model: &ModelIds) -> Result<Option<Vec<LibraryFile>>> {
     for dir in LIBRARY.dirs() {
         let files = files_of(dir)?;
         if fits(&files, model)? {

@@ -162,7 +162,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn from_engine(&self) -> Option<Event> {
+    async fn next_event(&self) -> Option<Event> {
         std::future::poll_fn(|context| self.state().source.poll_next_unpin(context)).await
     }
 
@@ -211,7 +211,7 @@ impl Pump {
         tokio::select! {
             // What has happened is told before what is late.
             biased;
-            event = self.shared.from_engine() => match event {
+            event = self.shared.next_event() => match event {
                 Some(Event::Failed(error)) => Err(error),
                 Some(event) => Ok(event),
                 None => Err(Error::Unavailable("the engine has stopped".into())),

@@ -138,7 +138,7 @@ impl Poor {
         let model = golden("llama/model.gguf");
         let serve = "ulimit -n 96; exec \"$0\" serve --model \"$1\" --listen 127.0.0.1:0 \
                      --http-listen 127.0.0.1:0 --threads 1";
-        let mut child = Command::new("sh")
+        let child = Command::new("sh")
             .args(["-c", serve, env!("CARGO_BIN_EXE_inwit")])
             .arg(model)
             .env("INWIT_LOG", "info")
@@ -147,9 +147,14 @@ impl Poor {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut server = Self {
+            child,
+            grpc: String::new(),
+            http: String::new(),
+        };
+        let mut lines = BufReader::new(server.child.stderr.take().unwrap()).lines();
         let mut warned = false;
-        loop {
+        while server.grpc.is_empty() {
             let line = lines.next().expect("the server ended").unwrap();
             warned |= line.contains("ulimit");
             let field = |name: &str| {
@@ -158,12 +163,13 @@ impl Poor {
                 Some(value.trim_matches('"').to_owned())
             };
             if let (Some(grpc), Some(http)) = (field(" grpc="), field(" http=")) {
-                assert!(warned, "nothing was said of the few files");
-                // Else the server would stop at a full pipe.
-                std::thread::spawn(move || lines.for_each(drop));
-                return Self { child, grpc, http };
+                (server.grpc, server.http) = (grpc, http);
             }
         }
+        assert!(warned, "nothing was said of the few files");
+        // Else the server would stop at a full pipe.
+        std::thread::spawn(move || lines.for_each(drop));
+        server
     }
 }
 

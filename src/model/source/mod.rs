@@ -154,7 +154,8 @@ impl Source {
         self.tensors.contains_key(name)
     }
 
-    pub fn stored_type(&self, name: &str) -> Option<StoredType> {
+    #[cfg(test)]
+    fn stored_type(&self, name: &str) -> Option<StoredType> {
         self.tensors
             .get(name)
             .map(|stored| stored.entry.stored_type)
