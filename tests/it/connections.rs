@@ -183,7 +183,7 @@ impl Drop for Poor {
 #[test]
 fn health_is_told_while_idle_connections_want_every_file() {
     let server = Poor::start();
-    let idle: Vec<_> = (0..200)
+    let idle: Vec<_> = (0..140)
         .map(|_| BlockingStream::connect(&server.grpc).unwrap())
         .collect();
     let mut socket = BlockingStream::connect(&server.http).unwrap();
