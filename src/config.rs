@@ -15,16 +15,18 @@ use figment::{Figment, Metadata, Profile, Provider};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::files::read_text;
 
 const PREFIX: &str = "INWIT_";
 /// Variables with our prefix that are no settings.
 const OTHER_VARIABLES: [&str; 3] = ["INWIT_CONFIG", "INWIT_CACHE", "INWIT_LOG"];
 const TEST_PREFIX: &str = "INWIT_TEST_";
 
-const DEFAULTS: [(&str, &str); 21] = [
+const DEFAULTS: [(&str, &str); 22] = [
     ("model", "smollm2-135m-instruct"),
     ("listen", "127.0.0.1:50051"),
     ("http_listen", "127.0.0.1:9464"),
+    ("max_connections", "1024"),
     ("mode", "shadow"),
     ("policy", "auto"),
     ("overrides", "refuse"),
@@ -56,6 +58,7 @@ const SIZE_UNITS: [(&str, u64); 8] = [
     ("MB", 1_000_000),
     ("GB", 1_000_000_000),
 ];
+const MAX_FILE_BYTES: u64 = 1 << 20;
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
 /// What `serve` takes. Each is also a key of the file (`max_running`) and a variable (`INWIT_MAX_RUNNING`).
@@ -87,6 +90,10 @@ pub struct Flags {
     /// Address for /metrics and /health over HTTP, or `off` [default: 127.0.0.1:9464]
     #[arg(long, value_name = "ADDRESS")]
     pub http_listen: Option<String>,
+
+    /// gRPC connections at once; more wait to be taken [default: 1024]
+    #[arg(long, value_name = "NUMBER")]
+    pub max_connections: Option<String>,
 
     /// What to do with verdicts: `enforce`, `shadow` (decide and record) or `off` [default: shadow]
     #[arg(long, value_name = "MODE")]
@@ -169,6 +176,7 @@ pub struct Config {
     pub listen: SocketAddr,
     /// `None` is off.
     pub http_listen: Option<SocketAddr>,
+    pub max_connections: usize,
     pub mode: Mode,
     pub policy: PolicyChoice,
     pub overrides: Overrides,
@@ -299,6 +307,7 @@ impl Config {
                 "http_listen",
                 self.http_listen.map_or("off".into(), |a| a.to_string()),
             ),
+            ("max_connections", self.max_connections.to_string()),
             ("mode", self.mode.to_string()),
             ("policy", self.policy.to_string()),
             ("overrides", self.overrides.to_string()),
@@ -433,7 +442,11 @@ impl Layers {
             values: defaults,
         });
         if let Some(path) = file {
-            merged = merged.merge(Toml::string(&read_file(path)?));
+            merged = merged.merge(Toml::string(&read_text(
+                path,
+                MAX_FILE_BYTES,
+                "a configuration",
+            )?));
         }
         let merged = merged
             .merge(Texts {
@@ -457,6 +470,7 @@ impl Layers {
             model: self.read("model", not_empty)?,
             listen: self.read("listen", address)?,
             http_listen: self.read("http_listen", unless("off", address))?,
+            max_connections: self.read("max_connections", number(1..=1 << 20))?,
             mode: self.read("mode", str::parse)?,
             policy: self.read("policy", str::parse)?,
             overrides: self.read("overrides", str::parse)?,
@@ -545,20 +559,6 @@ impl Layers {
             Some(_) => format!("{key} in {}", self.file.as_deref().unwrap_or("the file")),
         }
     }
-}
-
-fn read_file(path: &Path) -> Result<String> {
-    const MAX_BYTES: u64 = 1 << 20;
-    let length = std::fs::metadata(path)
-        .map_err(|error| Error::file(path.display(), error))?
-        .len();
-    if length > MAX_BYTES {
-        return Err(Error::file(
-            path.display(),
-            "longer than 1 MiB: not a configuration",
-        ));
-    }
-    std::fs::read_to_string(path).map_err(|error| Error::file(path.display(), error))
 }
 
 fn variables(environment: Vec<(String, String)>) -> Vec<(String, String)> {
@@ -773,6 +773,7 @@ mod tests {
             ("max_running", "1.5"),
             ("max_running", "99999999999999999999999"),
             ("max_waiting", "1000000"),
+            ("max_connections", "0"),
             ("step_token_budget", "15"),
             ("kv_memory", "0"),
             ("kv_memory", "2 gigs"),
@@ -838,6 +839,12 @@ mod tests {
             ..Flags::default()
         };
         assert!(message(load(flags, &[], None)).contains("/nowhere/inwit.toml"));
+        // Endless, whatever its length says.
+        let flags = Flags {
+            config: Some("/dev/zero".into()),
+            ..Flags::default()
+        };
+        assert!(message(load(flags, &[], None)).contains("not a plain file"));
     }
 
     #[test]

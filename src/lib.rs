@@ -13,6 +13,7 @@
 //! | `hooks` | what to read and change in a forward pass, row by row |
 //! | `config` | flags, environment and file to a checked `Config` |
 //! | `metrics` | every metric: its name, its help, one function per event |
+//! | `files` | reads files that somebody else wrote, up to a cap |
 //! | `error` | one variant per party who must act |
 //!
 //! Arrows, invariants and the life of a token are in `docs/architecture.md`.
@@ -21,6 +22,7 @@ pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod error;
+pub mod files;
 pub mod hooks;
 pub mod journal;
 pub mod lab;

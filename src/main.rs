@@ -1,5 +1,6 @@
 //! Arguments to a command, its end to an exit code.
 
+use std::env::VarError;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
@@ -9,8 +10,13 @@ use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter =
-        EnvFilter::try_from_env("INWIT_LOG").unwrap_or_else(|_| EnvFilter::new(log_filter(&cli)));
+    let filter = match filter(&cli) {
+        Ok(filter) => filter,
+        Err(message) => {
+            eprintln!("inwit: {message}");
+            return ExitCode::from(2);
+        }
+    };
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
@@ -27,6 +33,22 @@ fn main() -> ExitCode {
             ExitCode::from(exit_code(&error))
         }
     }
+}
+
+fn filter(cli: &Cli) -> Result<EnvFilter, String> {
+    const VARIABLE: &str = "INWIT_LOG";
+    let text = match std::env::var(VARIABLE) {
+        Ok(text) if !text.is_empty() => text,
+        Ok(_) | Err(VarError::NotPresent) => return Ok(EnvFilter::new(log_filter(cli))),
+        Err(VarError::NotUnicode(_)) => {
+            return Err(format!("the variable {VARIABLE} is not UTF-8"));
+        }
+    };
+    EnvFilter::try_new(&text).map_err(|error| {
+        format!(
+            "the variable {VARIABLE} is `{text}`: {error}; expected e.g. `info` or `inwit=debug`"
+        )
+    })
 }
 
 /// The settings say how log lines look; where they are wrong the command itself says so.

@@ -7,6 +7,7 @@ use inwit_probes::Site;
 
 use super::Exit;
 use super::open::{ModelArgs, ticking};
+use super::paths;
 use super::progress::Progress;
 use super::terminal::note;
 use crate::engine::request::PositionSelection;
@@ -52,6 +53,7 @@ enum Positions {
 }
 
 pub(super) async fn run(args: Args) -> Result<Exit> {
+    drop(paths::open(&args.out, &[&args.data])?);
     let bench = args.model.bench(Some("off"), None).await?;
     let options = Options {
         sites: args.sites,

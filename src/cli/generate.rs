@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::Exit;
 use super::open::{ModelArgs, ticking};
+use super::paths;
 use super::progress::Progress;
 use super::terminal::note;
 use crate::engine::sampler::SamplingDraft;
@@ -40,6 +41,7 @@ pub(super) struct Args {
 }
 
 pub(super) async fn run(args: Args) -> Result<Exit> {
+    drop(paths::open(&args.out, &[&args.data])?);
     let mode = args.mode.map(|mode| mode.to_string());
     let bench = args
         .model

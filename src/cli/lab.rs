@@ -1,12 +1,13 @@
 //! `inwit lab`: fits the artefacts that act, refusal heads and steering vectors.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 use inwit_probes::Site;
 
 use super::Exit;
 use super::open::{ModelArgs, ticking};
+use super::paths;
 use super::probe::command_line;
 use super::progress::Progress;
 use super::terminal::note;
@@ -86,6 +87,9 @@ pub(super) async fn run(command: Command) -> Result<Exit> {
 }
 
 async fn refusal_head(args: HeadArgs) -> Result<Exit> {
+    let mut data: Vec<&Path> = vec![&args.harmful, &args.refusals];
+    data.extend(args.benign.as_deref());
+    let mut file = paths::open(&args.out, &data)?;
     let bench = args.model.bench(Some("off"), Some("off")).await?;
     let head = args.model.output_head().await?;
     let data = HeadData {
@@ -107,7 +111,8 @@ async fn refusal_head(args: HeadArgs) -> Result<Exit> {
     let made = make_head::make(&bench, &head, &data, &options, &mut tick).await?;
     drop(tick);
     drop(progress);
-    made.head.save(&args.out).map_err(unfit)?;
+    file.bytes(&made.head.to_bytes().map_err(unfit)?)?;
+    file.finish()?;
     note(&format!(
         "held-out refusals: {:.3} nats a token and {:.1} % right before, {:.3} and {:.1} % after",
         made.before.loss,
@@ -119,6 +124,7 @@ async fn refusal_head(args: HeadArgs) -> Result<Exit> {
 }
 
 async fn steering_vector(args: VectorArgs) -> Result<Exit> {
+    let mut file = paths::open(&args.out, &[&args.harmful, &args.benign])?;
     let bench = args.model.bench(Some("off"), Some("off")).await?;
     let name = artefact_name(args.name, &args.out);
     let mut progress = Progress::new("prompts");
@@ -134,7 +140,8 @@ async fn steering_vector(args: VectorArgs) -> Result<Exit> {
     .await?;
     drop(tick);
     drop(progress);
-    made.save(&args.out).map_err(unfit)?;
+    file.bytes(&made.to_bytes().map_err(unfit)?)?;
+    file.finish()?;
     let norms = made.manifest().norms;
     let length = made.vector().iter().map(|v| v * v).sum::<f32>().sqrt();
     note(&format!(
@@ -144,7 +151,7 @@ async fn steering_vector(args: VectorArgs) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-fn artefact_name(given: Option<String>, out: &std::path::Path) -> String {
+fn artefact_name(given: Option<String>, out: &Path) -> String {
     given.unwrap_or_else(|| {
         out.file_stem()
             .unwrap_or_default()

@@ -7,6 +7,7 @@ mod demo;
 mod generate;
 mod lab;
 mod open;
+mod paths;
 mod probe;
 mod progress;
 mod pull;
@@ -14,6 +15,8 @@ mod score;
 mod serve;
 pub mod server;
 mod terminal;
+
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -42,7 +45,7 @@ Exit codes:
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve a model over gRPC, every forward pass watched
-    Serve(serve::Args),
+    Serve(Box<serve::Args>),
     /// Ask a running server and print the answer as it comes
     Chat(chat::Args),
     /// Answer a file of prompts offline
@@ -123,7 +126,7 @@ pub fn run(cli: Cli) -> Result<Exit> {
         Command::Capture(args) => wait(capture::run(args)),
         Command::Probe(command) => probe::run(command),
         Command::Lab(command) => wait(lab::run(command)),
-        Command::Pull(args) => pull::run(&args),
+        Command::Pull(args) => wait(pull::run(args)),
         Command::Demo(args) => wait(demo::run(args)),
     }
 }
@@ -131,7 +134,7 @@ pub fn run(cli: Cli) -> Result<Exit> {
 /// What is logged unless INWIT_LOG says otherwise: commands whose output is for people log less.
 pub fn log_filter(cli: &Cli) -> &'static str {
     match cli.command {
-        Command::Serve(_) => "info",
+        Command::Serve(_) | Command::Pull(_) | Command::Probe(probe::Command::Fit(_)) => "info",
         Command::Generate(_) | Command::Score(_) | Command::Capture(_) | Command::Lab(_) => "info",
         Command::Demo(_) => "error",
         _ => "warn",
@@ -141,12 +144,24 @@ pub fn log_filter(cli: &Cli) -> &'static str {
 /// Runs a command until it ends or Ctrl-C is pressed; what it holds is dropped either way, so
 /// requests are cancelled and half-written files go.
 fn wait(command: impl Future<Output = Result<Exit>>) -> Result<Exit> {
-    runtime()?.block_on(async {
+    let runtime = runtime()?;
+    let ended = runtime.block_on(async {
         tokio::select! {
             ended = command => ended,
             _ = tokio::signal::ctrl_c() => Err(Error::Cancelled),
         }
-    })
+    });
+    leave(runtime);
+    ended
+}
+
+/// Ends what still runs on threads of its own: a model that is loaded or fetched must not hold an
+/// exit that was asked for.
+fn leave(runtime: tokio::runtime::Runtime) {
+    /// For a fetch to notice and to clear away what it has.
+    const CLEARING_AWAY: Duration = Duration::from_millis(500);
+    crate::model::pull::abandon();
+    runtime.shutdown_timeout(CLEARING_AWAY);
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {
@@ -225,6 +240,17 @@ mod tests {
             "generated:3",
         );
         check_refused("inwit fly", "fly");
+    }
+
+    #[test]
+    fn commands_that_take_long_say_how_far_they_are() {
+        let level = |line: &str| {
+            let cli = Cli::try_parse_from(line.split_whitespace()).expect(line);
+            log_filter(&cli)
+        };
+        let fit = "inwit probe fit --data a --site hook_embed --name p --out o";
+        assert_eq!([level("inwit pull"), level(fit)], ["info", "info"]);
+        assert_eq!(level("inwit probe show p.safetensors"), "warn");
     }
 
     #[test]

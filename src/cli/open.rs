@@ -15,11 +15,12 @@ use crate::engine::handle::{Engine, EngineOptions, EngineThread, Model};
 use crate::engine::prepare::{CaptureDraft, Defaults, Draft, MonitorDraft, PromptDraft, prepare};
 use crate::engine::request::PositionSelection;
 use crate::error::{Error, Result};
+use crate::files::read_text;
 use crate::lab::bench::Bench;
 use crate::lab::states::RowStates;
 use crate::model::kernels::{KvType, WeightFormat};
 use crate::model::{KvCache, ModelConfig, Placement, Source, StoredType};
-use crate::policy::{DecisionSink, Mode, Policy};
+use crate::policy::{DecisionSink, MAX_DOCUMENT_BYTES, Mode, Policy};
 use crate::registry::{
     Canaries, EMPTY_POLICY, LoadedProbe, Registry, Snapshot, Standing, library_for,
 };
@@ -162,7 +163,7 @@ pub async fn open(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<Opened
 
 fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine, EngineThread)> {
     let source = Source::open(&super::pull::fetch(&config.model)?)?;
-    let weights = weight_format(config.weights, &source);
+    let weights = weight_format(config.weights, source.matrices());
     let kv_type = match config.kv {
         config::KvType::F32 => KvType::F32,
         config::KvType::Bf16 => KvType::Bf16,
@@ -193,13 +194,12 @@ fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine,
     Engine::start(Model::load(&source, &placement)?, options, sink)
 }
 
-/// `auto` keeps what the file holds: bf16 where every weight is, f32 otherwise.
-fn weight_format(wanted: Weights, source: &Source) -> WeightFormat {
-    let stored = source.stored_type("model.embed_tokens.weight");
+/// `auto` keeps what the file holds: bf16 where every matrix is, f32 otherwise.
+fn weight_format(wanted: Weights, mut matrices: impl Iterator<Item = StoredType>) -> WeightFormat {
     match wanted {
         Weights::F32 => WeightFormat::F32,
         Weights::Bf16 => WeightFormat::Bf16,
-        Weights::Auto if stored == Some(StoredType::Bf16) => WeightFormat::Bf16,
+        Weights::Auto if matrices.all(|stored| stored == StoredType::Bf16) => WeightFormat::Bf16,
         Weights::Auto => WeightFormat::F32,
     }
 }
@@ -328,15 +328,7 @@ fn load_library(config: &Config, engine: &Engine) -> Result<(Registry, bool)> {
 }
 
 fn with_policy_file(snapshot: &Snapshot, path: &Path, n_layers: usize) -> Result<Snapshot> {
-    const MOST_BYTES: u64 = 1 << 20;
-    let unreadable = |error: std::io::Error| Error::file(path.display(), error);
-    if std::fs::metadata(path).map_err(unreadable)?.len() > MOST_BYTES {
-        return Err(Error::file(
-            path.display(),
-            "longer than 1 MiB: not a policy",
-        ));
-    }
-    let document = std::fs::read_to_string(path).map_err(unreadable)?;
+    let document = read_text(path, MAX_DOCUMENT_BYTES as u64, "a policy")?;
     let name = path
         .file_stem()
         .unwrap_or_default()
@@ -344,7 +336,10 @@ fn with_policy_file(snapshot: &Snapshot, path: &Path, n_layers: usize) -> Result
         .into_owned();
     let policy = Policy::parse_and_compile(&name, 1, &document, &snapshot.catalog(n_layers))
         .map_err(|error| Error::file(path.display(), error))?;
-    Ok(snapshot.with_default_policy(policy))
+    snapshot.with_default_policy(policy).map_err(|taken| {
+        let message = format!("{taken}; rename the file, or give it another `name = \"…\"`");
+        Error::file(path.display(), message)
+    })
 }
 
 /// Tries every unverified probe on the serving weights: its canaries' states are captured at its
@@ -482,6 +477,16 @@ mod tests {
             .expect_err("refused")
             .to_string();
         assert!(error.contains("--weights bf16"), "{error}");
+    }
+
+    #[test]
+    fn weights_are_held_in_half_only_where_that_loses_nothing() {
+        use StoredType::{Bf16, F32};
+        let auto = |stored: &[StoredType]| weight_format(Weights::Auto, stored.iter().copied());
+        assert_eq!(auto(&[Bf16, Bf16]), WeightFormat::Bf16);
+        assert_eq!(auto(&[Bf16, F32, Bf16]), WeightFormat::F32);
+        let asked = weight_format(Weights::Bf16, [F32].into_iter());
+        assert_eq!(asked, WeightFormat::Bf16);
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! `inwit probe`: fits a probe, or shows what one says about itself.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Subcommand, ValueEnum};
 use comfy_table::{Table, presets};
 use inwit_probes::{Gather, Kind, Manifest, Positions, Probe, Site};
 
 use super::open::{ModelArgs, ticking};
+use super::paths;
 use super::progress::Progress;
 use super::terminal::{note, print};
 use super::{Exit, wait};
@@ -91,6 +92,13 @@ async fn run_fit(args: FitArgs) -> Result<Exit> {
         (true, Kind::Attention) => vec![Gather::Attention],
         (true, _) => vec![Gather::Last],
     };
+    let data = [
+        Some(&args.data),
+        args.calibration_data.as_ref(),
+        args.canary_data.as_ref(),
+    ];
+    let data: Vec<&Path> = data.into_iter().flatten().map(PathBuf::as_path).collect();
+    let mut file = paths::open(&args.out, &data)?;
     let bench = args.model.bench(Some("off"), Some("off")).await?;
     let options = Options {
         name: args.name,
@@ -110,7 +118,8 @@ async fn run_fit(args: FitArgs) -> Result<Exit> {
     let fitted = fit(&bench, &options, &mut tick).await?;
     drop(tick);
     drop(progress);
-    fitted.probe.save(&args.out).map_err(unfit)?;
+    file.bytes(&fitted.probe.to_bytes().map_err(unfit)?)?;
+    file.finish()?;
     print(&described(fitted.probe.manifest()))?;
     for remark in &fitted.remarks {
         note(remark);
@@ -118,25 +127,54 @@ async fn run_fit(args: FitArgs) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-fn show(file: &std::path::Path) -> Result<Exit> {
+fn show(file: &Path) -> Result<Exit> {
     let probe = Probe::load(file).map_err(unfit)?;
     print(&described(probe.manifest()))?;
     print(&format!("content hash  {}\n", probe.content_hash()))?;
     Ok(Exit::Done)
 }
 
+/// Options whose values are files and folders.
+const PATHS: [&str; 10] = [
+    "--data",
+    "--out",
+    "--calibration-data",
+    "--canary-data",
+    "--harmful",
+    "--benign",
+    "--refusals",
+    "--config",
+    "--library",
+    "--model",
+];
+
 /// The command line as the record keeps it: how the artefact can be made again.
 pub(super) fn command_line() -> String {
-    let file_name = |arg: String| match arg.contains('/') && !arg.starts_with("--") {
-        // Folders differ between machines, and tell about them.
-        true => arg.rsplit('/').next().unwrap_or_default().to_owned(),
-        false => arg,
+    recorded(std::env::args().skip(1), |path| Path::new(path).exists())
+}
+
+/// Folders differ between machines, and tell about them: of paths the last part is kept. A model
+/// may be a path or a repository's name, so `exists` is asked.
+fn recorded(args: impl Iterator<Item = String>, exists: impl Fn(&str) -> bool) -> String {
+    let kept = |option: &str, value: &str| {
+        let is_path = PATHS.contains(&option) && (option != "--model" || exists(value));
+        match Path::new(value).file_name() {
+            Some(name) if is_path => name.to_string_lossy().into_owned(),
+            _ => value.to_owned(),
+        }
     };
-    let args = std::env::args().skip(1).map(file_name);
-    std::iter::once("inwit".to_owned())
-        .chain(args)
-        .collect::<Vec<_>>()
-        .join(" ")
+    let mut words = vec!["inwit".to_owned()];
+    let mut option = String::new();
+    for arg in args {
+        words.push(match arg.split_once('=') {
+            Some((name, value)) if name.starts_with("--") => {
+                format!("{name}={}", kept(name, value))
+            }
+            _ => kept(&option, &arg),
+        });
+        option = arg;
+    }
+    words.join(" ")
 }
 
 /// `generated:3` as well as the manifest's own `generated{3}`.
@@ -253,6 +291,22 @@ mod tests {
         assert_eq!(positions("generated{3}"), Ok(Positions::Generated(3)));
         assert!(positions("generated:0").is_err());
         assert!(positions("somewhere").is_err());
+    }
+
+    #[test]
+    fn a_recorded_command_keeps_names_and_no_folders() {
+        let check = |line: &str, expected: &str| {
+            let args = line.split(' ').map(str::to_owned);
+            assert_eq!(recorded(args, |path| path.starts_with('/')), expected);
+        };
+        check(
+            "probe fit --data /home/x/a.jsonl --out=/home/x/y.safetensors --model org/name",
+            "inwit probe fit --data a.jsonl --out=y.safetensors --model org/name",
+        );
+        check(
+            "lab vector --harmful a/b --model /m/x.gguf --model=org/name --name a/b",
+            "inwit lab vector --harmful b --model x.gguf --model=org/name --name a/b",
+        );
     }
 
     #[test]

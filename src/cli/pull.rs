@@ -15,8 +15,10 @@ pub(super) struct Args {
 }
 
 /// Prints the model's path to standard output.
-pub(super) fn run(args: &Args) -> Result<Exit> {
-    let path = fetch(&args.model)?;
+pub(super) async fn run(args: Args) -> Result<Exit> {
+    let path = tokio::task::spawn_blocking(move || fetch(&args.model))
+        .await
+        .map_err(|_| Error::internal("the model could not be fetched: a panic"))??;
     writeln!(std::io::stdout(), "{}", path.display()).map_err(Error::internal)?;
     Ok(Exit::Done)
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::Exit;
 use super::open::{ModelArgs, ticking};
+use super::paths;
 use super::progress::Progress;
 use super::terminal::note;
 use crate::error::Result;
@@ -29,6 +30,7 @@ pub(super) struct Args {
 }
 
 pub(super) async fn run(args: Args) -> Result<Exit> {
+    drop(paths::open(&args.out, &[&args.data])?);
     let bench = args
         .model
         .bench(Some("shadow"), args.policy.as_deref())

@@ -4,7 +4,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::server::{Running, start};
 use super::terminal::{note, print};
-use super::{Exit, runtime};
+use super::{Exit, leave, runtime};
 use crate::config::{Config, Flags};
 use crate::error::{Error, Result};
 use crate::registry::{Canaries, Standing};
@@ -53,8 +53,7 @@ pub(super) fn run(args: &Args) -> Result<Exit> {
         tracing::info!("stopped");
         Ok(Exit::Done)
     });
-    // A blocked thread must not hold an exit that was asked for.
-    runtime.shutdown_background();
+    leave(runtime);
     ended
 }
 

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::journal::Memory;
 use crate::metrics;
 use crate::registry::Registry;
-use crate::rpc::server::Deadlines;
+use crate::rpc::server::{Deadlines, Door, Limits};
 use crate::rpc::{Served, http, serve};
 
 /// Decisions that a server keeps in memory.
@@ -68,18 +68,29 @@ pub async fn start(config: &Config) -> Result<Running> {
         default: config.default_deadline,
         max: config.max_deadline,
     };
-    let served = Served::new(engine.clone(), registry.clone(), defaults, deadlines);
+    let limits = Limits {
+        grpc_connections: config.max_connections,
+        ..Limits::default()
+    };
+    let served = Served::new(
+        engine.clone(),
+        registry.clone(),
+        defaults,
+        deadlines,
+        config.max_waiting,
+    );
     let (shutdown, closed) = (CancellationToken::new(), CancellationToken::new());
     let http = http_listener.map(|listener| {
         // It answers for as long as gRPC drains, so that probes see why.
         tokio::spawn(http::serve(
-            listener,
+            Door::for_http(listener, limits),
             served.clone(),
             closed.clone().cancelled_owned(),
         ))
     });
     let until = shutdown.clone().cancelled_owned();
-    let grpc = tokio::spawn(serve(listener, served, config.drain_grace, until));
+    let door = Door::for_grpc(listener, limits);
+    let grpc = tokio::spawn(serve(door, served, config.drain_grace, until));
     Ok(Running {
         address,
         http_address,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::bench::{Bench, Tick, draft};
-use super::output::{AnswerRow, WholeFile, finish_reason, scores};
+use super::output::{AnswerRow, WholeFile, finish_reason, refuse_same_file, scores};
 use super::rows;
 use crate::engine::prepare::{Draft, MonitorDraft};
 use crate::engine::sampler::SamplingDraft;
@@ -31,6 +31,7 @@ pub async fn generate(
     options: &Options,
     tick: Tick<'_>,
 ) -> Result<Counts> {
+    refuse_same_file(out, data)?;
     let name = data.display().to_string();
     let rows = rows::read(data)?;
     let mut file = WholeFile::create(out)?;

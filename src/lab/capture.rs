@@ -6,6 +6,7 @@ use inwit_probes::Site;
 
 use super::bench::{Bench, Tick, draft, reading};
 use super::capture_file::{CaptureFile, Dtype};
+use super::output::refuse_same_file;
 use super::rows::{self, Row};
 use super::states::RowStates;
 use crate::engine::prepare::Draft;
@@ -35,6 +36,7 @@ pub async fn capture(
     tick: Tick<'_>,
 ) -> Result<usize> {
     bench.check_sites(&options.sites)?;
+    refuse_same_file(out, data)?;
     let name = data.display().to_string();
     let rows = rows::read(data)?;
     let d_model = bench.d_model();

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::bench::{Bench, Tick, draft};
-use super::output::{ScoreRow, WholeFile, scores, token_logits};
+use super::output::{ScoreRow, WholeFile, refuse_same_file, scores, token_logits};
 use super::rows;
 use crate::engine::prepare::{Draft, MonitorDraft};
 use crate::error::Result;
@@ -25,6 +25,7 @@ pub async fn score(
     options: &Options,
     tick: Tick<'_>,
 ) -> Result<usize> {
+    refuse_same_file(out, data)?;
     let name = data.display().to_string();
     let rows = rows::read(data)?;
     let mut file = WholeFile::create(out)?;

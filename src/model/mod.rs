@@ -3,6 +3,7 @@
 
 pub mod attention;
 pub mod batch;
+mod bounded;
 pub mod config;
 pub mod decoder;
 mod families;

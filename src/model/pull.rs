@@ -5,9 +5,9 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
@@ -306,15 +306,50 @@ fn python(work: &Path) -> Command {
     command
 }
 
+/// The helpers that run for this process.
+static HELPERS: Mutex<Vec<Arc<Mutex<Child>>>> = Mutex::new(Vec::new());
+
+/// Ends every fetch of this process that is under way: nobody waits for it any more.
+pub fn abandon() {
+    for helper in locked(&HELPERS).iter() {
+        // One that has ended needs no killing.
+        let _ = locked(helper).kill();
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A running command, which does not outlive whoever waits for it.
+struct Helper(Arc<Mutex<Child>>);
+
+impl Helper {
+    fn start(command: &mut Command) -> std::io::Result<Self> {
+        let mut helpers = locked(&HELPERS);
+        let child = Arc::new(Mutex::new(command.spawn()?));
+        helpers.push(Arc::clone(&child));
+        Ok(Self(child))
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        locked(&HELPERS).retain(|other| !Arc::ptr_eq(other, &self.0));
+        let mut child = locked(&self.0);
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
 /// Runs a command to its end; an error is its last line of complaint.
 fn run(mut command: Command, mut meanwhile: impl FnMut()) -> Result<(), String> {
-    let mut child = command
-        .spawn()
-        .map_err(|error| format!("python3: {error}"))?;
-    let stderr = child.stderr.take();
+    let helper = Helper::start(&mut command).map_err(|error| format!("python3: {error}"))?;
+    let stderr = locked(&helper.0).stderr.take();
     let complaint = std::thread::spawn(move || last_line(stderr));
     let status = loop {
-        match child.try_wait() {
+        let ended = locked(&helper.0).try_wait();
+        match ended {
             Ok(Some(status)) => break status,
             Ok(None) => std::thread::sleep(Duration::from_millis(100)),
             Err(error) => return Err(error.to_string()),

@@ -18,6 +18,7 @@ use minijinja::{Environment, ErrorKind, Value, context};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use super::bounded;
 use crate::error::{Error, Result};
 use crate::model::tokenizer::{MAX_TEXT_BYTES, SpecialText, Tokenizer};
 
@@ -66,7 +67,7 @@ pub enum Clock {
 
 pub const MAX_MESSAGES: usize = 1024;
 const MAX_SOURCE_BYTES: usize = 1 << 20;
-const MAX_OUTPUT_BYTES: usize = 4 * MAX_TEXT_BYTES;
+const MAX_OUTPUT_BYTES: usize = bounded::MAX_BYTES;
 const FUEL: u64 = 500_000;
 const RECURSION_LIMIT: usize = 64;
 /// A template that takes this long for a few words multiplies strings rather than messages.
@@ -630,7 +631,7 @@ fn environment(source: String, clock: Clock) -> Result<Environment<'static>, min
             .build()?,
     );
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    bounded::install(&mut environment);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", move |format: &str| strftime(clock, format));
     environment.add_filter("tojson", to_json);
@@ -648,9 +649,13 @@ fn to_json(value: Value, options: Kwargs) -> Result<Value, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
     options.assert_all_used()?;
     let failed = |error: serde_json::Error| {
-        minijinja::Error::new(ErrorKind::BadSerialization, error.to_string())
+        let kind = match error.is_io() {
+            true => ErrorKind::OutOfFuel,
+            false => ErrorKind::BadSerialization,
+        };
+        minijinja::Error::new(kind, error.to_string())
     };
-    let mut bytes = Vec::new();
+    let mut bytes = Capped(Vec::new());
     match indent {
         None => {
             let mut json = serde_json::Serializer::with_formatter(&mut bytes, PythonSpacing);
@@ -664,7 +669,7 @@ fn to_json(value: Value, options: Kwargs) -> Result<Value, minijinja::Error> {
         }
     }
     Ok(Value::from_safe_string(
-        String::from_utf8_lossy(&bytes).into_owned(),
+        String::from_utf8_lossy(&bytes.0).into_owned(),
     ))
 }
 

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,8 +10,11 @@ use inwit_probes::library::{HEADS, POLICIES, PROBES, VECTORS};
 use inwit_probes::manifest::check_name;
 use inwit_probes::{MAX_FILE_BYTES, ModelIdentity, Probe, RefusalHead, SteeringVector};
 
-use super::snapshot::{EMPTY_POLICY, Head, LoadedProbe, ModelIds, Snapshot, Vector, listed};
+use super::snapshot::{
+    EMPTY_POLICY, Head, LoadedProbe, ModelIds, RESERVED_POLICIES, Snapshot, Vector, listed,
+};
 use crate::error::{Error, Result};
+use crate::files::read_capped;
 use crate::policy::{MAX_DOCUMENT_BYTES, Policy};
 
 /// More files than this are a mistake, not a library.
@@ -174,7 +176,7 @@ pub(super) fn read_folder(dir: &Path) -> Result<Vec<LibraryFile>> {
                 .to_string_lossy()
                 .into_owned();
             let inside = format!("{}/{name}", kind.folder());
-            let bytes = || read_capped(&path, kind.most_bytes());
+            let bytes = || read_capped(&path, kind.most_bytes(), "part of a library");
             files.extend(LibraryFile::new(
                 path.display().to_string(),
                 &inside,
@@ -197,35 +199,6 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     paths.sort();
     Ok(paths)
-}
-
-/// A file may grow while it is read, so its size is capped by the reading.
-fn read_capped(path: &Path, most: u64) -> Result<Vec<u8>> {
-    let unreadable = |e: std::io::Error| {
-        let remedy = match e.kind() {
-            ErrorKind::PermissionDenied => "; let the server read it",
-            _ => "",
-        };
-        Error::file(path.display(), format!("{e}{remedy}"))
-    };
-    let metadata = fs::metadata(path).map_err(unreadable)?;
-    // Opening a pipe would wait for its writer.
-    if !metadata.is_file() {
-        return Err(Error::file(
-            path.display(),
-            "is not a plain file; move it elsewhere",
-        ));
-    }
-    let mut bytes = Vec::new();
-    let file = fs::File::open(path).map_err(unreadable)?;
-    file.take(most + 1)
-        .read_to_end(&mut bytes)
-        .map_err(unreadable)?;
-    if bytes.len() as u64 > most {
-        let message = format!("is larger than {most} bytes; such a file is no part of a library");
-        return Err(Error::file(path.display(), message));
-    }
-    Ok(bytes)
 }
 
 fn read_probe(file: &LibraryFile) -> Result<Probe> {
@@ -317,8 +290,8 @@ impl Snapshot {
             let catalog = self.catalog(model.n_layers);
             let policy = Policy::parse_and_compile(&file.stem, 1, document, &catalog)
                 .map_err(|e| file.error(e))?;
-            if policy.name == EMPTY_POLICY {
-                let message = format!("`{EMPTY_POLICY}` is the policy without rules; rename it");
+            if RESERVED_POLICIES.contains(&policy.name.as_str()) {
+                let message = format!("`{}` is no name for a policy; rename it", policy.name);
                 return Err(file.error(message));
             }
             names.claim(file, &policy.name)?;
@@ -756,20 +729,6 @@ mod tests {
         assert!(message(&missing).contains("nowhere"));
         fs::create_dir_all(root.path().join("probes/p.safetensors")).unwrap();
         assert!(message(root.path()).contains("p.safetensors: is not a plain file"));
-    }
-
-    #[test]
-    fn a_file_beyond_the_cap_is_not_read() {
-        let root = tempfile::tempdir().unwrap();
-        let path = root.path().join("big");
-        fs::write(&path, b"12345").unwrap();
-        assert_eq!(read_capped(&path, 5).unwrap(), b"12345");
-        assert!(
-            read_capped(&path, 4)
-                .unwrap_err()
-                .to_string()
-                .contains("larger than 4")
-        );
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 mod domain;
 mod load;
-pub mod shipped;
+mod shipped;
 mod snapshot;
 
 use std::path::Path;

@@ -8,14 +8,8 @@ use crate::error::Result;
 
 static LIBRARY: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/probes/library");
 
-/// The names of the models that something was shipped for.
-pub fn models() -> Vec<&'static str> {
-    let names = LIBRARY.dirs().map(|dir| dir.path().to_str());
-    names.flatten().collect()
-}
-
 /// The files that were fitted on this model's architecture; none when nothing was.
-pub fn library_for(model: &ModelIds) -> Result<Option<Vec<LibraryFile>>> {
+pub(super) fn library_for(model: &ModelIds) -> Result<Option<Vec<LibraryFile>>> {
     for dir in LIBRARY.dirs() {
         let files = files_of(dir)?;
         if fits(&files, model)? {

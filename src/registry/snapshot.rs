@@ -14,6 +14,9 @@ use crate::policy::{Catalog, Policy};
 /// The name of the policy that reads nothing and allows everything; it is always there.
 pub const EMPTY_POLICY: &str = "empty";
 
+/// What `--policy` and requests mean by these is no document.
+pub(super) const RESERVED_POLICIES: [&str; 3] = [EMPTY_POLICY, "off", "auto"];
+
 /// What artefacts are compared with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelIds {
@@ -125,15 +128,22 @@ impl Snapshot {
         }
     }
 
-    /// The same snapshot with `policy`, compiled against its catalog, as the default one.
-    pub fn with_default_policy(&self, policy: Policy) -> Self {
+    /// The same snapshot with `policy`, compiled against its catalog, as the default one; an
+    /// error where its name means something else already.
+    pub fn with_default_policy(&self, policy: Policy) -> Result<Self, String> {
+        if RESERVED_POLICIES.contains(&policy.name.as_str()) {
+            return Err(format!("`{}` is no name for a policy", policy.name));
+        }
+        if self.policies.contains_key(&policy.name) {
+            return Err(format!("the library has a policy `{}`", policy.name));
+        }
         let mut snapshot = self.clone();
         snapshot.default_policy = policy.name.clone();
         snapshot
             .policies
             .insert(policy.name.clone(), Arc::new(policy));
         snapshot.hash = snapshot.content_hash();
-        snapshot
+        Ok(snapshot)
     }
 
     /// Refuses a policy that reads a probe whose canaries did not pass on these weights.
@@ -271,4 +281,25 @@ pub(super) fn listed<'a>(names: impl Iterator<Item = &'a String>) -> String {
         .map(|name| format!("`{name}`"))
         .collect::<Vec<_>>()
         .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_cannot_take_a_name_that_means_something_else() {
+        let named = |name: &str| Policy {
+            name: name.into(),
+            ..Policy::empty()
+        };
+        let snapshot = Snapshot::empty();
+        for name in RESERVED_POLICIES {
+            assert!(snapshot.with_default_policy(named(name)).is_err(), "{name}");
+        }
+        let mine = snapshot.with_default_policy(named("mine")).expect("taken");
+        assert_eq!(mine.default_policy, "mine");
+        assert_ne!(mine.hash, snapshot.hash);
+        assert!(mine.with_default_policy(named("mine")).is_err());
+    }
 }

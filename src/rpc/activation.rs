@@ -52,8 +52,12 @@ impl ActivationService for Activation {
             let width = self.0.engine.info().config.d_model;
             let mut budget = Budget::new(&prepared, width, shipping)?;
             let terms = Terms::new(&call, &prepared.monitor);
-            let running = self.0.submit(&call, prepared)?;
-            let items = move |event| items(&terms, &mut budget, event);
+            let admit = move |event: &Event| match event {
+                Event::Captured(captured) => budget.spend(captured.tokens.len()),
+                _ => Ok(()),
+            };
+            let running = self.0.submit_within(&call, prepared, admit)?;
+            let items = move |event| items(&terms, Rows { shipping, width }, event);
             Ok(
                 running.into_stream(items, |event_number, event| CaptureActivationsResponse {
                     event_number,
@@ -169,21 +173,29 @@ impl Budget {
         })?;
         Ok(())
     }
+}
 
-    fn rows_per_chunk(&self) -> usize {
+/// How rows are sent.
+#[derive(Clone, Copy)]
+struct Rows {
+    shipping: Shipping,
+    width: usize,
+}
+
+impl Rows {
+    fn per_chunk(self) -> usize {
         let row = self.width.saturating_mul(self.shipping.dtype.size());
         (tensor::MAX_BYTES / row.max(1)).max(1)
     }
 
     /// At most `MAX_BYTES` each, in order.
-    fn chunks(&mut self, captured: Captured) -> Result<Vec<Item>> {
+    fn chunks(self, captured: Captured) -> Result<Vec<Item>> {
         let rows = captured.tokens.len();
         if rows.checked_mul(self.width) != Some(captured.values.len()) {
             return Err(Error::internal("a capture of the wrong shape"));
         }
-        self.spend(rows)?;
         let site = captured.site.to_string();
-        let per_chunk = self.rows_per_chunk();
+        let per_chunk = self.per_chunk();
         let values = captured.values.chunks(per_chunk * self.width);
         let tokens = captured.tokens.chunks(per_chunk);
         let firsts = (i64::from(captured.first_position)..).step_by(per_chunk);
@@ -218,9 +230,9 @@ fn known_rows(request: &Prepared) -> usize {
     }
 }
 
-fn items(terms: &Terms, budget: &mut Budget, event: Event) -> Result<Vec<Item>> {
+fn items(terms: &Terms, rows: Rows, event: Event) -> Result<Vec<Item>> {
     Ok(match event {
-        Event::Captured(captured) => budget.chunks(captured)?,
+        Event::Captured(captured) => rows.chunks(captured)?,
         Event::Started(started) => vec![Item::Started(terms.started(started.cached_tokens))],
         Event::Delta(delta) => vec![Item::Delta(terms.delta(delta))],
         Event::Verdict(verdict) => vec![Item::Verdict(terms.verdict(verdict))],
@@ -235,14 +247,25 @@ mod tests {
     use super::super::tensor::Dtype;
     use super::*;
 
+    fn shipping(max_bytes: u64) -> Shipping {
+        Shipping {
+            dtype: Dtype::Bf16,
+            max_bytes,
+        }
+    }
+
     fn budget(width: usize, max_bytes: u64) -> Budget {
         Budget {
-            shipping: Shipping {
-                dtype: Dtype::Bf16,
-                max_bytes,
-            },
+            shipping: shipping(max_bytes),
             width,
             left: max_bytes,
+        }
+    }
+
+    fn rows_of(width: usize) -> Rows {
+        Rows {
+            shipping: shipping(1),
+            width,
         }
     }
 
@@ -268,7 +291,7 @@ mod tests {
     #[test]
     fn a_long_capture_is_cut_into_messages_that_every_client_can_receive() {
         let (rows, width) = (1000, 1024);
-        let items = budget(width, 1 << 30).chunks(captured(5, rows, width));
+        let items = rows_of(width).chunks(captured(5, rows, width));
         let chunks = chunks(items.expect("fits"));
         assert_eq!(chunks.len(), 2);
         let mut next = 5;
@@ -287,15 +310,15 @@ mod tests {
     #[test]
     fn a_capture_ends_before_the_chunk_that_would_be_too_much() {
         let mut budget = budget(4, 3 * 8);
-        assert!(budget.chunks(captured(0, 2, 4)).is_ok());
-        assert!(budget.chunks(captured(2, 1, 4)).is_ok());
-        let error = budget.chunks(captured(3, 1, 4)).expect_err("used up");
+        assert!(budget.spend(2).is_ok());
+        assert!(budget.spend(1).is_ok());
+        let error = budget.spend(1).expect_err("used up");
         assert!(error.to_string().starts_with("max_bytes: "), "{error}");
     }
 
     #[test]
     fn a_row_wider_than_a_message_goes_alone_and_counts_do_not_overflow() {
-        assert_eq!(budget(1 << 30, 1).rows_per_chunk(), 1);
+        assert_eq!(rows_of(1 << 30).per_chunk(), 1);
         assert_eq!(budget(usize::MAX, 1).bytes(2), None);
         assert!(budget(usize::MAX, u64::MAX).spend(2).is_err());
     }
@@ -304,9 +327,6 @@ mod tests {
     fn a_capture_of_the_wrong_shape_is_a_bug_not_a_panic() {
         let mut wrong = captured(0, 2, 4);
         wrong.values.pop();
-        assert!(matches!(
-            budget(4, 1 << 20).chunks(wrong),
-            Err(Error::Internal(_))
-        ));
+        assert!(matches!(rows_of(4).chunks(wrong), Err(Error::Internal(_))));
     }
 }

@@ -116,6 +116,10 @@ fn error(status: &Status) -> ClientError {
     let details = status.get_error_details();
     let reason = details.error_info().map(|info| info.reason.as_str());
     let message = status.message().to_owned();
+    // Only what befell the connection has a cause; the server's own statuses bring none along.
+    if std::error::Error::source(status).is_some() {
+        return ClientError::Unavailable(innermost(status));
+    }
     match (status.code(), reason) {
         (Code::PermissionDenied, Some("ABORTED_BY_POLICY")) => ClientError::AbortedByPolicy,
         (Code::Unavailable | Code::ResourceExhausted, _) => ClientError::Unavailable(message),
@@ -405,6 +409,32 @@ mod tests {
             panic!("not a status");
         };
         assert_eq!(code, "InvalidArgument");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_dies_in_the_middle_of_an_answer_is_not_available() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
+        let listener = listener.expect("binds");
+        let address = listener.local_addr().expect("an address").to_string();
+        let server = tokio::spawn(async move {
+            let (socket, _) = listener.accept().await.expect("a caller");
+            let mut connection = h2::server::handshake(socket).await.expect("h2");
+            let (_, mut reply) = connection.accept().await.expect("a call").expect("whole");
+            let headers = http::Response::builder().header("content-type", "application/grpc");
+            let mut body = reply
+                .send_response(headers.body(()).expect("headers"), false)
+                .expect("sends");
+            let half = bytes::Bytes::from_static(&[0, 0, 0, 0, 9, 1]);
+            body.send_data(half, false).expect("sends");
+            let flushed = tokio::time::timeout(Duration::from_millis(50), connection.accept());
+            assert!(flushed.await.is_err(), "another call");
+        });
+        let mut client = Client::connect(&address).await.expect("connects");
+        let draft = Draft::of(PromptDraft::RawText("Hi".into()));
+        let mut answer = client.stream(&draft).await.expect("an answer begins");
+        server.await.expect("no panic");
+        let error = answer.next().await.expect_err("no end");
+        assert!(matches!(error, ClientError::Unavailable(_)), "{error:?}");
     }
 
     #[tokio::test]

@@ -32,6 +32,14 @@ pub(super) fn generation(input: Option<proto::GenerationInput>) -> Result<Draft>
 pub(super) fn score(request: proto::ScoreRequest) -> Result<Draft> {
     let input = set(request.input)?;
     refuse_sampling(&input, "nothing is sampled")?;
+    refuse_for_answers(&input)?;
+    let mode = input.monitor.as_ref().map(|monitor| monitor.mode);
+    if mode == Some(proto::MonitorMode::Off.into()) {
+        return Err(Error::invalid(
+            "input.monitor.mode",
+            "must not be OFF: nothing would be scored",
+        ));
+    }
     Ok(Draft {
         answer: answer(request.answer)?,
         score_only: true,
@@ -67,9 +75,17 @@ pub(super) fn capture(request: proto::CaptureActivationsRequest) -> Result<(Draf
         .sampling
         .as_ref()
         .is_some_and(|sampling| sampling.max_tokens.is_some());
+    let score_only = answer.is_some() || (of_prompt && !asks_for_tokens);
+    if score_only {
+        refuse_sampling(
+            &input,
+            "only the prompt is read, unless it sets max_tokens as well",
+        )?;
+        refuse_for_answers(&input)?;
+    }
     let sampling = sampling(input.sampling.clone().unwrap_or_default());
     let draft = Draft {
-        score_only: answer.is_some() || (of_prompt && !asks_for_tokens),
+        score_only,
         answer,
         capture: Some(CaptureDraft {
             sites: request.sites,
@@ -110,6 +126,7 @@ fn prompt(prompt: Option<generation_input::Prompt>) -> Result<PromptDraft> {
             "one of `chat`, `raw_text` and `tokens` must be set",
         )),
         Some(Prompt::Chat(chat)) => {
+            refuse_silence(&chat.messages)?;
             let message = |proto::ChatMessage { role, content }| Message { role, content };
             Ok(PromptDraft::Chat(
                 chat.messages.into_iter().map(message).collect(),
@@ -118,6 +135,24 @@ fn prompt(prompt: Option<generation_input::Prompt>) -> Result<PromptDraft> {
         Some(Prompt::RawText(text)) => Ok(PromptDraft::RawText(text)),
         Some(Prompt::Tokens(tokens)) => Ok(PromptDraft::Tokens(tokens.token_ids)),
     }
+}
+
+/// A user who says nothing, in the turn to be answered or in an earlier one, is a caller's mistake.
+fn refuse_silence(messages: &[proto::ChatMessage]) -> Result<()> {
+    for (index, message) in messages.iter().enumerate() {
+        let is_last = index + 1 == messages.len();
+        let silent = match is_last {
+            true => message.content.trim().is_empty(),
+            false => message.content.is_empty(),
+        };
+        if silent && message.role == "user" {
+            return Err(Error::invalid(
+                format!("input.chat.messages[{index}].content"),
+                "is empty; give the user's words",
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn sampling(options: proto::SamplingOptions) -> SamplingDraft {
@@ -240,6 +275,19 @@ fn refuse_sampling(input: &proto::GenerationInput, why: &str) -> Result<()> {
     }
 }
 
+/// What has a meaning only where an answer is generated.
+fn refuse_for_answers(input: &proto::GenerationInput) -> Result<()> {
+    const WHY: &str = "must not be set: nothing is generated";
+    let hold_back = input.monitor.as_ref().and_then(|m| m.hold_back);
+    if hold_back.is_some() {
+        return Err(Error::invalid("input.monitor.hold_back", WHY));
+    }
+    if !input.refusal_head.is_empty() {
+        return Err(Error::invalid("input.refusal_head", WHY));
+    }
+    Ok(())
+}
+
 fn unless_empty(text: String) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
@@ -340,13 +388,30 @@ mod tests {
             "e\u{301}\u{301}",
             "\u{e000}",
             "🦀",
-            " ",
         ] {
             let mut input = input();
             input.prompt = Some(chat(&[("user", text)]));
             let draft = generation(Some(input)).expect("accepted");
             assert!(matches!(draft.prompt, PromptDraft::Chat(m) if m[0].content == text));
         }
+    }
+
+    #[test]
+    fn a_user_who_says_nothing_is_refused() {
+        let hi = ("user", "Hi");
+        for (index, turns) in [
+            (0, vec![("user", "")]),
+            (0, vec![("user", " \n")]),
+            (0, vec![("user", ""), ("assistant", "Yes?"), hi]),
+            (2, vec![hi, ("assistant", ""), ("user", "\u{a0}")]),
+        ] {
+            let field = format!("input.chat.messages[{index}].content");
+            check_input(&field, |input| input.prompt = Some(chat(&turns)));
+        }
+        let mut input = input();
+        let turns = [("system", ""), ("user", " "), ("assistant", ""), hi];
+        input.prompt = Some(chat(&turns));
+        assert!(generation(Some(input)).is_ok());
     }
 
     #[test]
@@ -513,12 +578,12 @@ mod tests {
 
     #[test]
     fn a_capture_of_the_prompt_generates_only_when_asked() {
-        let prompt_only = |positions: proto::PositionSelection, max_tokens| {
+        let prompt_only = |positions: proto::PositionSelection, max_tokens: Option<u32>| {
             let mut request = capture_request();
             request.positions = positions.into();
             if let Some(input) = &mut request.input {
-                input.sampling = Some(proto::SamplingOptions {
-                    max_tokens,
+                input.sampling = max_tokens.map(|max_tokens| proto::SamplingOptions {
+                    max_tokens: Some(max_tokens),
                     ..Default::default()
                 });
             }
@@ -555,6 +620,19 @@ mod tests {
             request.answer = Some("Sure".into());
             if let Some(input) = &mut request.input {
                 input.sampling = Some(proto::SamplingOptions::default());
+            }
+        });
+        check("input.sampling", &|request| {
+            if let Some(input) = &mut request.input {
+                input.sampling = Some(proto::SamplingOptions {
+                    temperature: Some(1.0),
+                    ..Default::default()
+                });
+            }
+        });
+        check("input.refusal_head", &|request| {
+            if let Some(input) = &mut request.input {
+                input.refusal_head = "head".into();
             }
         });
         let int8 = proto::CaptureActivationsRequest {

@@ -5,14 +5,15 @@ use std::future::{Future, IntoFuture};
 
 use axum::Router;
 use axum::extract::State;
+use axum::http::HeaderValue;
 use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
+use axum::http::header::{CONNECTION, CONTENT_TYPE};
+use axum::middleware::map_response;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::net::TcpListener;
 
-use super::server::Served;
+use super::server::{Door, Served};
 use crate::error::{Error, Result};
 use crate::metrics;
 
@@ -23,13 +24,9 @@ const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 ///
 /// # Errors
 /// When the listener fails.
-pub async fn serve(
-    listener: TcpListener,
-    served: Served,
-    shutdown: impl Future<Output = ()>,
-) -> Result<()> {
+pub async fn serve(door: Door, served: Served, shutdown: impl Future<Output = ()>) -> Result<()> {
     let handle = metrics::install()?;
-    let server = axum::serve(listener, routes(served, handle)).into_future();
+    let server = axum::serve(door, routes(served, handle)).into_future();
     tokio::select! {
         ended = server => {
             ended.map_err(|error| Error::internal(format!("the HTTP listener failed: {error}")))
@@ -52,6 +49,14 @@ fn routes(served: Served, metrics: PrometheusHandle) -> Router {
         .route("/readyz", get(ready))
         .route("/health", get(ready))
         .with_state(Sources { served, metrics })
+        .layer(map_response(close))
+}
+
+/// One request a connection, so that none is kept open for a request that never comes.
+async fn close(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    response
 }
 
 async fn scrape(State(sources): State<Sources>) -> Response {

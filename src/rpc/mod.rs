@@ -4,6 +4,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | `server`, `http` | the listeners, health, drain |
+//! | `door` | how many connections, and for how long in silence |
 //! | `generation`, `activation`, `probe` | one service each |
 //! | `call`, `running` | one call: its id, its deadline, its events |
 //! | `convert`, `tensor` | what callers send, checked |
@@ -16,6 +17,7 @@ mod call;
 pub mod client;
 pub mod codec;
 mod convert;
+mod door;
 mod generation;
 pub mod http;
 mod observe;

@@ -1,11 +1,17 @@
 //! The events of one request, under its deadline and the server's drain.
 //! Knows the order of events, not what they mean to a caller. Dropping it cancels the request.
+//!
+//! A task of its own takes the events from the engine, so that a caller who reads nothing holds
+//! their memory no longer than its deadline.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use futures::stream::{self, BoxStream, Stream};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tonic::Status;
@@ -14,79 +20,79 @@ use super::call::Call;
 use crate::engine::event::Event;
 use crate::error::{Error, Result};
 
+/// How long after its deadline a caller may still fetch what happened before it.
+const AFTERWARDS: Duration = Duration::from_millis(200);
+
 pub(super) struct Running {
-    events: BoxStream<'static, Event>,
-    stop: CancellationToken,
+    shared: Arc<Shared>,
+    pump: JoinHandle<()>,
     call: Call,
-    started: Option<Instant>,
-    tokens: u32,
-    /// Held until the end, so that a drain knows what it waits for.
-    in_flight: Option<TaskTrackerToken>,
+    ended: bool,
 }
 
 impl Running {
-    /// `stop` ends it when the server can wait no longer; `in_flight` is let go at its end.
+    /// `admit` sees each event as it comes, whether or not anybody reads; its error ends the
+    /// request. `stop` ends it when the server can wait no longer; `in_flight` is let go at its end.
     pub(super) fn new(
         events: impl Stream<Item = Event> + Send + 'static,
+        admit: impl FnMut(&Event) -> Result<()> + Send + 'static,
         call: Call,
         stop: CancellationToken,
         in_flight: TaskTrackerToken,
     ) -> Self {
-        Self {
-            events: events.boxed(),
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                source: events.boxed(),
+                told: VecDeque::new(),
+                in_flight: Some(in_flight),
+            }),
+            news: Notify::new(),
+        });
+        let pump = Pump {
+            shared: Arc::clone(&shared),
+            call: call.clone(),
             stop,
-            call,
             started: None,
             tokens: 0,
-            in_flight: Some(in_flight),
+        };
+        Self {
+            shared,
+            pump: tokio::spawn(pump.run(admit)),
+            call,
+            ended: false,
         }
     }
 
     /// The next event; an error is the last. `None` after `Completed` or an error.
     pub(super) async fn next(&mut self) -> Option<Result<Event>> {
-        self.in_flight.as_ref()?;
-        let event = self.wait().await;
-        match &event {
-            Ok(Event::Started(_)) => self.started = Some(Instant::now()),
-            Ok(Event::Delta(delta)) => {
-                let count = u32::try_from(delta.token_ids.len()).unwrap_or(u32::MAX);
-                self.tokens = self.tokens.saturating_add(count);
+        if self.ended {
+            return None;
+        }
+        let event = loop {
+            if let Some(event) = self.shared.state().told.pop_front() {
+                break event;
             }
-            Ok(Event::Completed(_)) | Err(_) => self.end(),
-            Ok(_) => {}
+            tokio::select! {
+                biased;
+                () = self.shared.news.notified() => {}
+                // It tells the end before it ends, unless it panicked.
+                _ = &mut self.pump => {
+                    let told = self.shared.state().told.pop_front();
+                    break told.unwrap_or_else(|| Err(Error::internal("the events were lost: a panic")));
+                }
+            }
+        };
+        if is_last(&event) {
+            self.end();
         }
         Some(event)
     }
 
     /// Cancels what is still running.
     fn end(&mut self) {
-        self.in_flight = None;
-        self.events = stream::empty().boxed();
-    }
-
-    async fn wait(&mut self) -> Result<Event> {
-        let deadline = tokio::time::Instant::from_std(self.call.deadline);
-        tokio::select! {
-            // What has happened is told before what is late.
-            biased;
-            event = self.events.next() => match event {
-                Some(Event::Failed(error)) => Err(error),
-                Some(event) => Ok(event),
-                None => Err(Error::Unavailable("the engine has stopped".into())),
-            },
-            () = self.stop.cancelled() => {
-                Err(Error::Unavailable("the server is shutting down".into()))
-            }
-            () = tokio::time::sleep_until(deadline) => Err(self.late()),
-        }
-    }
-
-    fn late(&self) -> Error {
-        let queued = self.started.unwrap_or_else(Instant::now) - self.call.arrived;
-        Error::DeadlineExceeded {
-            queue_ms: u64::try_from(queued.as_millis()).unwrap_or(u64::MAX),
-            tokens_done: self.tokens,
-        }
+        self.ended = true;
+        self.pump.abort();
+        self.shared.state().clear();
     }
 
     /// The messages of a streaming reply: `items` makes any number from an event, `number` counts
@@ -112,6 +118,128 @@ impl Running {
             Some((message, source))
         })
         .boxed()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn is_last(event: &Result<Event>) -> bool {
+    matches!(event, Ok(Event::Completed(_)) | Err(_))
+}
+
+struct Shared {
+    state: Mutex<State>,
+    news: Notify,
+}
+
+struct State {
+    /// From the engine; an empty one once the request has ended.
+    source: BoxStream<'static, Event>,
+    /// For the caller to fetch.
+    told: VecDeque<Result<Event>>,
+    /// Held until the end, so that a drain knows what it waits for.
+    in_flight: Option<TaskTrackerToken>,
+}
+
+impl State {
+    fn cancel(&mut self) {
+        self.source = stream::empty().boxed();
+    }
+
+    fn clear(&mut self) {
+        self.cancel();
+        self.told = VecDeque::new();
+        self.in_flight = None;
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn next_event(&self) -> Option<Event> {
+        std::future::poll_fn(|context| self.state().source.poll_next_unpin(context)).await
+    }
+
+    fn tell(&self, event: Result<Event>) {
+        let mut state = self.state();
+        if is_last(&event) {
+            state.cancel();
+        }
+        state.told.push_back(event);
+        drop(state);
+        self.news.notify_one();
+    }
+}
+
+/// Takes events from the engine as they come.
+struct Pump {
+    shared: Arc<Shared>,
+    call: Call,
+    stop: CancellationToken,
+    started: Option<Instant>,
+    tokens: u32,
+}
+
+impl Pump {
+    async fn run(mut self, mut admit: impl FnMut(&Event) -> Result<()>) {
+        let deadline = tokio::time::Instant::from_std(self.call.deadline);
+        loop {
+            let event = self.next(deadline).await;
+            let event = event.and_then(|event| admit(&event).map(|()| event));
+            if let Ok(event) = &event {
+                self.count(event);
+            }
+            let last = is_last(&event);
+            self.shared.tell(event);
+            if last {
+                break;
+            }
+        }
+        // Whoever fetches the end also ends this task; nobody else comes for it.
+        tokio::time::sleep_until(deadline + AFTERWARDS).await;
+        self.shared.state().clear();
+        self.shared.tell(Err(self.late()));
+    }
+
+    async fn next(&self, deadline: tokio::time::Instant) -> Result<Event> {
+        tokio::select! {
+            // What has happened is told before what is late.
+            biased;
+            event = self.shared.next_event() => match event {
+                Some(Event::Failed(error)) => Err(error),
+                Some(event) => Ok(event),
+                None => Err(Error::Unavailable("the engine has stopped".into())),
+            },
+            () = self.stop.cancelled() => {
+                Err(Error::Unavailable("the server is shutting down".into()))
+            }
+            () = tokio::time::sleep_until(deadline) => Err(self.late()),
+        }
+    }
+
+    fn count(&mut self, event: &Event) {
+        match event {
+            Event::Started(_) => self.started = Some(Instant::now()),
+            Event::Delta(delta) => {
+                let count = u32::try_from(delta.token_ids.len()).unwrap_or(u32::MAX);
+                self.tokens = self.tokens.saturating_add(count);
+            }
+            _ => {}
+        }
+    }
+
+    fn late(&self) -> Error {
+        let queued = self.started.unwrap_or_else(Instant::now) - self.call.arrived;
+        Error::DeadlineExceeded {
+            queue_ms: u64::try_from(queued.as_millis()).unwrap_or(u64::MAX),
+            tokens_done: self.tokens,
+        }
     }
 }
 
@@ -191,7 +319,19 @@ mod tests {
         let events = stream::iter(events).chain(then);
         let stop = CancellationToken::new();
         let in_flight = TaskTracker::new().token();
-        Running::new(events, call(Duration::from_secs(60)), stop, in_flight)
+        let call = call(Duration::from_secs(60));
+        Running::new(events, admit_all, call, stop, in_flight)
+    }
+
+    fn admit_all(_: &Event) -> Result<()> {
+        Ok(())
+    }
+
+    /// The engine's side notices from a task of its own.
+    async fn eventually(holds: impl Fn() -> bool) {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     /// Stands for the engine's side of a request: knows when nobody listens any more.
@@ -237,7 +377,13 @@ mod tests {
         let events = stream::iter([started(), delta(&[1, 2])]).chain(open(guard.clone()));
         let soon = call(Duration::from_millis(20));
         let tracker = TaskTracker::new();
-        let mut running = Running::new(events, soon, CancellationToken::new(), tracker.token());
+        let mut running = Running::new(
+            events,
+            admit_all,
+            soon,
+            CancellationToken::new(),
+            tracker.token(),
+        );
         let seen = all(&mut running).await;
         assert!(tracker.is_empty(), "a drain still waits for it");
         let Some(Err(Error::DeadlineExceeded { tokens_done, .. })) = seen.last() else {
@@ -254,7 +400,13 @@ mod tests {
         stop.cancel();
         let events = stream::iter([started(), delta(&[1])]).chain(open(guard.clone()));
         let in_flight = TaskTracker::new().token();
-        let mut running = Running::new(events, call(Duration::from_secs(60)), stop, in_flight);
+        let mut running = Running::new(
+            events,
+            admit_all,
+            call(Duration::from_secs(60)),
+            stop,
+            in_flight,
+        );
         let seen = all(&mut running).await;
         assert!(matches!(
             seen.as_slice(),
@@ -290,5 +442,60 @@ mod tests {
         assert_eq!(status.code(), Code::InvalidArgument);
         assert_eq!(Arc::strong_count(&guard), 1, "the request still runs");
         assert!(messages.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_caller_who_reads_nothing_holds_no_memory_past_its_deadline() {
+        let guard = Arc::new(());
+        let many = (0..100).map(|token| delta(&[token]));
+        for end in [open(guard.clone()), stream::iter([end()]).boxed()] {
+            let events = stream::iter([started()])
+                .chain(stream::iter(many.clone()))
+                .chain(end);
+            let soon = call(Duration::from_millis(20));
+            let tracker = TaskTracker::new();
+            let stop = CancellationToken::new();
+            let mut running = Running::new(events, admit_all, soon, stop, tracker.token());
+            eventually(|| tracker.is_empty()).await;
+            assert_eq!(Arc::strong_count(&guard), 1, "the request still runs");
+            eventually(|| running.shared.state().told.len() == 1).await;
+            let seen = all(&mut running).await;
+            assert!(matches!(
+                seen.as_slice(),
+                [Err(Error::DeadlineExceeded {
+                    tokens_done: 100,
+                    ..
+                })]
+            ));
+        }
+    }
+
+    #[tokio::test]
+    async fn an_event_that_is_too_much_ends_the_request_though_nobody_reads() {
+        let guard = Arc::new(());
+        let events = stream::iter([started(), delta(&[1]), delta(&[2])]).chain(open(guard.clone()));
+        let mut left = 1;
+        let admit = move |event: &Event| {
+            if matches!(event, Event::Delta(_)) {
+                left -= 1;
+            }
+            match left {
+                0.. => Ok(()),
+                _ => Err(Error::invalid("max_bytes", "too many")),
+            }
+        };
+        let in_flight = TaskTracker::new().token();
+        let call = call(Duration::from_secs(60));
+        let mut running = Running::new(events, admit, call, CancellationToken::new(), in_flight);
+        eventually(|| Arc::strong_count(&guard) == 1).await;
+        let seen = all(&mut running).await;
+        assert!(matches!(
+            seen.as_slice(),
+            [
+                Ok("started"),
+                Ok("delta"),
+                Err(Error::InvalidRequest { .. })
+            ]
+        ));
     }
 }

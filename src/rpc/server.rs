@@ -6,15 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::stream;
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::codec::CompressionEncoding;
 use tonic::server::NamedService;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
@@ -22,6 +20,7 @@ use super::DESCRIPTORS;
 use super::activation::Activation;
 use super::call::Call;
 pub use super::call::Deadlines;
+pub use super::door::{Door, Limits};
 use super::generation::Generation;
 use super::observe::Observe;
 use super::probe::Probes;
@@ -30,6 +29,7 @@ use super::proto::generation_service_server::GenerationServiceServer;
 use super::proto::probe_service_server::ProbeServiceServer;
 use super::reply::Terms;
 use super::running::Running;
+use crate::engine::event::Event;
 use crate::engine::handle::Engine;
 use crate::engine::prepare::{Defaults, Draft, POLICY_OFF, prepare};
 use crate::engine::request::Request;
@@ -49,6 +49,7 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// For connections to close by themselves once no request runs; a peer that never reads would take for ever.
 const GOODBYE: Duration = Duration::from_secs(1);
 const HEALTH_PERIOD: Duration = Duration::from_millis(200);
+const RETRY_AFTER: Duration = Duration::from_millis(500);
 const UPKEEP_PERIOD: Duration = Duration::from_secs(5);
 
 /// What every service needs. Cheap to clone.
@@ -65,14 +66,19 @@ pub struct Served {
     in_flight: TaskTracker,
     /// Tokenising is work for a core: more at once would only slow the engine.
     tokenisers: Arc<Semaphore>,
+    /// Requests that are tokenised or wait for it: no more than the engine's queue could take.
+    preparing: Arc<Semaphore>,
+    max_waiting: usize,
 }
 
 impl Served {
+    /// `max_waiting` is the length of the engine's queue.
     pub fn new(
         engine: Engine,
         registry: Arc<Registry>,
         defaults: Defaults,
         deadlines: Deadlines,
+        max_waiting: usize,
     ) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
@@ -84,6 +90,8 @@ impl Served {
             draining: CancellationToken::new(),
             in_flight: TaskTracker::new(),
             tokenisers: Arc::new(Semaphore::new(cores)),
+            preparing: Arc::new(Semaphore::new(cores + max_waiting)),
+            max_waiting,
         }
     }
 
@@ -117,8 +125,29 @@ impl Served {
         }
     }
 
+    /// A place among those that are prepared; refused before any work where the request could
+    /// not run.
+    fn admit(&self) -> Result<OwnedSemaphorePermit> {
+        if self.draining.is_cancelled() {
+            return Err(Error::Unavailable("the server is draining".into()));
+        }
+        if !self.engine.is_alive() {
+            return Err(Error::Unavailable("the engine has stopped".into()));
+        }
+        let place = Arc::clone(&self.preparing).try_acquire_owned().ok();
+        let waiting = self.engine.load().waiting;
+        place.filter(|_| waiting < self.max_waiting).ok_or_else(|| {
+            metrics::queue_rejected("queue_full");
+            Error::Overloaded {
+                message: format!("{waiting} requests wait already"),
+                retry_after: RETRY_AFTER,
+            }
+        })
+    }
+
     /// Checks and tokenises, off the threads that serve connections.
     pub(super) async fn prepare(&self, call: &Call, draft: Draft) -> Result<Request> {
+        let place = self.admit()?;
         let draft = Draft {
             id: Some(call.id.clone()),
             deadline: Some(call.deadline),
@@ -130,7 +159,7 @@ impl Served {
             tokio::task::spawn_blocking(move || {
                 let snapshot = served.registry.snapshot();
                 let request = prepare(draft, &served.engine, &snapshot, &served.defaults);
-                drop(permit);
+                drop((permit, place));
                 request
             })
             .await
@@ -145,13 +174,29 @@ impl Served {
     }
 
     pub(super) fn submit(&self, call: &Call, request: Request) -> Result<Running> {
+        self.submit_within(call, request, |_| Ok(()))
+    }
+
+    /// The same for a request that ends at the first event which `admit` refuses.
+    pub(super) fn submit_within(
+        &self,
+        call: &Call,
+        request: Request,
+        admit: impl FnMut(&Event) -> Result<()> + Send + 'static,
+    ) -> Result<Running> {
         let events = self.engine.submit(request)?;
         let events = stream::unfold(events, |mut events| async move {
             let event = events.next().await?;
             Some((event, events))
         });
         let (call, stop) = (call.clone(), self.stop.clone());
-        Ok(Running::new(events, call, stop, self.in_flight.token()))
+        Ok(Running::new(
+            events,
+            admit,
+            call,
+            stop,
+            self.in_flight.token(),
+        ))
     }
 
     pub(super) async fn start(&self, call: &Call, draft: Draft) -> Result<(Running, Terms)> {
@@ -174,7 +219,7 @@ impl Served {
 /// # Errors
 /// When the listener fails.
 pub async fn serve(
-    listener: TcpListener,
+    door: Door,
     served: Served,
     grace: Duration,
     shutdown: impl Future<Output = ()>,
@@ -215,10 +260,7 @@ pub async fn serve(
                 .max_decoding_message_size(MAX_REQUEST_BYTES)
                 .accept_compressed(CompressionEncoding::Gzip),
         )
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            closing.clone().cancelled_owned(),
-        );
+        .serve_with_incoming_shutdown(door.into_stream(), closing.clone().cancelled_owned());
     tokio::pin!(server);
 
     tokio::select! {

@@ -292,6 +292,8 @@ fn hostile_templates_run_out_of_fuel() {
         "{% for a in range(10000000000) %}x{% endfor %}",
         "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}",
         "{{ 'x' * 1000000000000 }}",
+        "{{ messages[0].content | replace('', 'x' * 60000) | replace('x', 'y' * 30000) }}",
+        "{{ messages[0].content.replace('', 'x' * 60000).replace('x', 'y' * 30000) }}",
         "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{% include '/etc/passwd' %}",
@@ -554,6 +556,24 @@ fn a_start_that_fails_says_why_in_one_line() {
     fs::write(library.join("probes/half.safetensors"), [1, 2, 3]).unwrap();
     let library = library.to_str().unwrap();
     check_failed(&serve(&model, &["--library", library]), "half.safetensors");
+
+    // More than there is: known before it is taken.
+    check_failed(
+        &serve(&model, &["--kv-memory", "900000GiB"]),
+        "lower --kv-memory",
+    );
+    check_failed(&serve(&model, &["--config", "/dev/zero"]), "/dev/zero");
+    let empty = folder.path().join("empty.toml");
+    fs::write(&empty, "").unwrap();
+    let empty = empty.to_str().unwrap();
+    check_failed(&serve(&model, &["--policy", empty]), "empty.toml");
+
+    let unreadable = Command::new(env!("CARGO_BIN_EXE_inwit"))
+        .args(["serve", "--check-config"])
+        .env("INWIT_LOG", "inwit=loudly")
+        .output()
+        .unwrap();
+    check_failed(&unreadable, "INWIT_LOG");
 
     for (flag, value) in [
         ("--policy", "nobody"),

@@ -24,8 +24,8 @@ use tonic_health::pb::health_client::HealthClient;
 
 use crate::golden::golden;
 use crate::wire_support::{
-    GENERATE_STREAM, Library, Server, Setup, framed, http2, open_stream, post, raw, refusal,
-    tokens, unary,
+    GENERATE_STREAM, Library, PATIENCE, Server, Setup, framed, http2, open_stream, post, raw,
+    refusal, tokens, unary,
 };
 
 const D_MODEL: usize = 64;
@@ -519,4 +519,26 @@ async fn a_drain_ends_even_where_a_peer_never_reads() {
     server.begin_drain();
     server.ended().await.unwrap();
     drop((response, silent));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_never_reads_holds_nothing_past_its_deadline() {
+    let setup = Setup {
+        // Longer than this test waits: a drain waits so long for whatever is held.
+        grace: 4 * PATIENCE,
+        ..Setup::default()
+    };
+    let mut server = Server::start(setup, |_| {}).await;
+    let mut send = http2(server.address).await.ready().await.unwrap();
+    let mut input = raw("Never read", 400);
+    input.sampling.as_mut().unwrap().logprobs = Some(20);
+    let request = inwit::rpc::proto::GenerateStreamRequest { input: Some(input) };
+    let (response, mut sending) = send
+        .send_request(post(GENERATE_STREAM, &[("grpc-timeout", "3S")]), false)
+        .unwrap();
+    sending.send_data(framed(&request), true).unwrap();
+    let response = response.await.unwrap();
+    server.begin_drain();
+    server.ended().await.unwrap();
+    drop(response);
 }

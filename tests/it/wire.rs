@@ -17,7 +17,7 @@ use inwit::rpc::proto::generation_input::Prompt;
 use inwit::rpc::proto::generation_service_client::GenerationServiceClient;
 use inwit::rpc::proto::probe_service_client::ProbeServiceClient;
 use inwit::rpc::proto::{self, intervention};
-use inwit::rpc::server::Deadlines;
+use inwit::rpc::server::{Deadlines, Door, Limits};
 use inwit::rpc::{Served, http, serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -55,6 +55,7 @@ impl Server {
             kv_bytes: 64 << 20,
             ..options
         };
+        let max_waiting = options.max_waiting;
         let (engine, thread) = Engine::start(model, options, Arc::new(Discard)).unwrap();
         let defaults = Defaults {
             mode: Mode::Shadow,
@@ -71,6 +72,7 @@ impl Server {
             Arc::new(Registry::empty()),
             defaults,
             deadlines,
+            max_waiting,
         );
         let shutdown = CancellationToken::new();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -78,12 +80,13 @@ impl Server {
         let http_listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let http_address = http_listener.local_addr().unwrap();
         tokio::spawn(http::serve(
-            http_listener,
+            Door::for_http(http_listener, Limits::default()),
             served.clone(),
             std::future::pending(),
         ));
         let until = shutdown.clone().cancelled_owned();
-        let serving = tokio::spawn(serve(listener, served, GRACE, until));
+        let door = Door::for_grpc(listener, Limits::default());
+        let serving = tokio::spawn(serve(door, served, GRACE, until));
         let channel = Channel::from_shared(format!("http://{address}"))
             .unwrap()
             .connect()

@@ -212,6 +212,12 @@ fn prompts() -> Vec<Case> {
             "input.chat.messages[1].content",
             &[("user", CANARY), ("assistant", " ")],
         ),
+        of_chat("input.chat.messages[0].content", &[("user", "")]),
+        of_chat("input.chat.messages[0].content", &[("user", " \n\t ")]),
+        of_chat(
+            "input.chat.messages[0].content",
+            &[("user", ""), ("assistant", CANARY), ("user", CANARY)],
+        ),
         too_long("input", |input| {
             input.prompt = Some(Prompt::Tokens(TokenPrompt {
                 token_ids: vec![7; CONTEXT as usize],
@@ -487,7 +493,9 @@ async fn what_is_odd_but_good_is_answered() {
         "{{ 7 * 7 }}{% for x in range(10**10) %}{% endfor %}".into(),
     ];
     for text in &oddities {
-        for input in [raw(text, 4), chat(&[("user", text)], 4)] {
+        // White space is tokens like others, but nothing that a user could mean.
+        let said = (!text.trim().is_empty()).then(|| chat(&[("user", text)], 4));
+        for input in [Some(raw(text, 4)), said].into_iter().flatten() {
             let reply = unary(&mut client, input).await.unwrap();
             // The model may end its answer early.
             let stopped = reply.finish_reason == FinishReason::Stop as i32;
@@ -711,9 +719,38 @@ async fn a_score_refuses_what_has_no_meaning_for_it() {
         sampling: None,
         ..good()
     };
+    let monitored = |change: &dyn Fn(&mut MonitorOptions)| {
+        let mut monitor = MonitorOptions::default();
+        change(&mut monitor);
+        GenerationInput {
+            monitor: Some(monitor),
+            ..prompt()
+        }
+    };
     let cases = [
         (good(), None, "INVALID_FIELD", "input.sampling"),
         (prompt(), Some(String::new()), "INVALID_FIELD", "answer"),
+        (
+            monitored(&|monitor| monitor.hold_back = Some(1)),
+            None,
+            "INVALID_FIELD",
+            "input.monitor.hold_back",
+        ),
+        (
+            monitored(&|monitor| monitor.mode = MonitorMode::Off.into()),
+            None,
+            "INVALID_FIELD",
+            "input.monitor.mode",
+        ),
+        (
+            GenerationInput {
+                refusal_head: "soft".into(),
+                ..prompt()
+            },
+            None,
+            "INVALID_FIELD",
+            "input.refusal_head",
+        ),
         (
             prompt(),
             Some(CANARY.repeat(1000)),

@@ -555,6 +555,11 @@ async fn a_full_queue_says_when_to_come_again() {
         (Code::ResourceExhausted, "OVERLOADED")
     );
     assert!(status.metadata().contains_key("grpc-retry-pushback-ms"));
+    // Before anything is read of the request, which would be wrong in itself.
+    let mut wrong = raw("One too many", 4);
+    wrong.model = "gpt-17".into();
+    let status = unary(&mut client, wrong).await.expect_err("refused");
+    assert_eq!(status.code(), Code::ResourceExhausted);
     drop(plug);
     for mut messages in waiting {
         while messages.message().await.unwrap().is_some() {}

@@ -24,7 +24,7 @@ use inwit::rpc::proto::{
     GenerateStreamResponse, GenerationInput, MonitorMode, MonitorOptions, SamplingOptions, Started,
     TokenLogprobs, TokenPrompt, Verdict,
 };
-use inwit::rpc::server::Deadlines;
+use inwit::rpc::server::{Deadlines, Door, Limits};
 use inwit::rpc::{Served, http as http_listener, serve};
 use inwit_probes::{
     Calibration, CalibrationKind, Gather, Head, InputNorm, Kind, Manifest, ModelIdentity,
@@ -255,6 +255,7 @@ pub(crate) struct Setup {
     pub(crate) overrides: bool,
     pub(crate) options: EngineOptions,
     pub(crate) deadlines: Deadlines,
+    pub(crate) limits: Limits,
     pub(crate) grace: Duration,
 }
 
@@ -279,6 +280,7 @@ impl Default for Setup {
                 default: Duration::from_secs(120),
                 max: Duration::from_secs(600),
             },
+            limits: Limits::default(),
             grace: Duration::from_secs(30),
         }
     }
@@ -308,6 +310,7 @@ impl Server {
     pub(crate) async fn start(setup: Setup, stock: impl FnOnce(&mut Library)) -> Self {
         let model = Model::load(source(), &Placement::cpu(WeightFormat::F32)).unwrap();
         let gate = Arc::new(Gate::new());
+        let max_waiting = setup.options.max_waiting;
         let (engine, thread) = Engine::start(model, setup.options, gate.clone()).unwrap();
         let template = engine.template().unwrap().hash();
         let mut library = Library::new(engine.info().ids(), template);
@@ -324,18 +327,20 @@ impl Server {
             registry.clone(),
             defaults.clone(),
             setup.deadlines,
+            max_waiting,
         );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, http_address) = (listener.local_addr().unwrap(), http.local_addr().unwrap());
         let shutdown = CancellationToken::new();
         let http = tokio::spawn(http_listener::serve(
-            http,
+            Door::for_http(http, setup.limits),
             served.clone(),
             std::future::pending(),
         ));
         let until = shutdown.clone().cancelled_owned();
-        let grpc = tokio::spawn(serve(listener, served, setup.grace, until));
+        let door = Door::for_grpc(listener, setup.limits);
+        let grpc = tokio::spawn(serve(door, served, setup.grace, until));
         Self {
             address,
             http_address,

@@ -276,7 +276,7 @@ fn sentence_piece(
     let mut bpe = BPE::builder()
         .vocab_and_merges(
             vocabulary.owned().into_iter().collect::<Vocab>(),
-            merges_from_scores(vocabulary, &scores),
+            merges_from_scores(vocabulary, &scores)?,
         )
         .byte_fallback(true)
         .fuse_unk(true);
@@ -323,10 +323,14 @@ fn scores(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Vec<f6
         .collect()
 }
 
-/// Longest token whose splits are tried; the work is linear in the sum of lengths.
+/// Longest token whose splits are tried.
 const MAX_MERGED_BYTES: usize = 1 << 10;
+/// Far more than any model's vocabulary gives, far less than a machine's memory: a hostile one
+/// makes every prefix and every suffix of its tokens a token.
+const MAX_MERGES: usize = 4 << 20;
+const MAX_MERGES_BYTES: usize = 64 << 20;
 
-fn merges_from_scores(vocabulary: &Vocabulary<'_>, scores: &[f64]) -> Merges {
+fn merges_from_scores(vocabulary: &Vocabulary<'_>, scores: &[f64]) -> Result<Merges, String> {
     let mergeable = |id: u32| vocabulary.kinds[id as usize] == Kind::Normal;
     let part = |text: &str| {
         vocabulary
@@ -336,6 +340,7 @@ fn merges_from_scores(vocabulary: &Vocabulary<'_>, scores: &[f64]) -> Merges {
             .filter(|&id| mergeable(id))
     };
     let mut merges = Vec::new();
+    let mut bytes = 0;
     for (id, token) in vocabulary.tokens.iter().enumerate() {
         if !mergeable(id as u32) || token.len() > MAX_MERGED_BYTES {
             continue;
@@ -344,6 +349,13 @@ fn merges_from_scores(vocabulary: &Vocabulary<'_>, scores: &[f64]) -> Merges {
             let (left, right) = token.split_at(at);
             if let (Some(left_id), Some(right_id)) = (part(left), part(right)) {
                 merges.push((scores[id], left, right, id, left_id, right_id));
+                bytes += token.len();
+                if merges.len() > MAX_MERGES || bytes > MAX_MERGES_BYTES {
+                    return Err(format!(
+                        "`tokenizer.ggml.tokens` can be put together from one another in more \
+                         than {MAX_MERGES} ways; this is not the vocabulary of a model"
+                    ));
+                }
             }
         }
     }
@@ -356,10 +368,10 @@ fn merges_from_scores(vocabulary: &Vocabulary<'_>, scores: &[f64]) -> Merges {
             .then_with(|| length(b.2).cmp(&length(a.2)))
             .then_with(|| (a.3, a.4, a.5).cmp(&(b.3, b.4, b.5)))
     });
-    merges
+    Ok(merges
         .into_iter()
         .map(|(_, left, right, ..)| (left.to_owned(), right.to_owned()))
-        .collect()
+        .collect())
 }
 
 #[cfg(test)]
@@ -431,6 +443,23 @@ mod tests {
         assert!(tokenizer.add_bos());
         assert_eq!(tokenizer.stop_ids(), [2]);
         assert_eq!(tokenizer.token_bytes(3), [0xc3]);
+    }
+
+    #[test]
+    fn a_vocabulary_that_splits_without_end_is_refused_before_it_takes_memory() {
+        // Every prefix of one long token is a token: 500 thousand splits a letter.
+        let mut tokens = vec![Value::Text("<unk>".into())];
+        for letter in ["a", "b"] {
+            let lengths = 1..=MAX_MERGED_BYTES;
+            tokens.extend(lengths.map(|length| Value::Text(letter.repeat(length))));
+        }
+        let mut metadata = pieces();
+        let all = |value: Value| Value::Array(vec![value; tokens.len()]);
+        metadata.insert("tokenizer.ggml.scores".into(), all(Value::Float(0.0)));
+        metadata.insert("tokenizer.ggml.token_type".into(), all(Value::Signed(1)));
+        metadata.insert("tokenizer.ggml.tokens".into(), Value::Array(tokens));
+        let error = build(&Metadata(&metadata)).expect_err("refused");
+        assert!(error.contains("tokenizer.ggml.tokens"), "{error}");
     }
 
     #[test]

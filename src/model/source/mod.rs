@@ -154,10 +154,17 @@ impl Source {
         self.tensors.contains_key(name)
     }
 
-    pub fn stored_type(&self, name: &str) -> Option<StoredType> {
+    #[cfg(test)]
+    fn stored_type(&self, name: &str) -> Option<StoredType> {
         self.tensors
             .get(name)
             .map(|stored| stored.entry.stored_type)
+    }
+
+    /// How each matrix is stored; vectors (norms, biases) are computed with in f32 in any case.
+    pub fn matrices(&self) -> impl Iterator<Item = StoredType> {
+        let matrices = self.tensors.values().filter(|t| t.entry.shape.len() >= 2);
+        matrices.map(|stored| stored.entry.stored_type)
     }
 
     /// Names, as the files spell them, of tensors that nobody asked for.
