@@ -237,7 +237,7 @@ choice!(
 );
 choice!(
     /// How to hold the weights.
-    Weights { Auto = "auto", F32 = "f32", Bf16 = "bf16" }
+    Weights { Auto = "auto", F32 = "f32", Bf16 = "bf16", Q8_0 = "q8_0", AsIs = "as-is" }
 );
 choice!(
     /// How to hold keys and values.

@@ -171,9 +171,8 @@ fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine,
     let needs = Needs::of(
         &source.config,
         config,
-        weights,
         kv_type,
-        source.parameters_bytes_f32(),
+        source.weight_bytes(weights),
     );
     let kv_bytes = needs.kv_bytes(available_memory()?, config.kv_memory)?;
     let placement = Placement {
@@ -199,6 +198,8 @@ fn weight_format(wanted: Weights, mut matrices: impl Iterator<Item = StoredType>
     match wanted {
         Weights::F32 => WeightFormat::F32,
         Weights::Bf16 => WeightFormat::Bf16,
+        Weights::Q8_0 => WeightFormat::Q8_0,
+        Weights::AsIs => WeightFormat::AsIs,
         Weights::Auto if matrices.all(|stored| stored == StoredType::Bf16) => WeightFormat::Bf16,
         Weights::Auto => WeightFormat::F32,
     }
@@ -231,22 +232,13 @@ struct Needs {
 }
 
 impl Needs {
-    fn of(
-        model: &ModelConfig,
-        config: &Config,
-        weights: WeightFormat,
-        kv_type: KvType,
-        bytes_f32: u64,
-    ) -> Self {
+    fn of(model: &ModelConfig, config: &Config, kv_type: KvType, weight_bytes: u64) -> Self {
         let context = config.context_limit.map_or(model.context_length, |limit| {
             limit.min(model.context_length)
         });
         let blocks = context.div_ceil(crate::model::kernels::KV_BLOCK) as u64;
         Self {
-            weights: match weights {
-                WeightFormat::F32 => bytes_f32,
-                WeightFormat::Bf16 => bytes_f32 / 2,
-            },
+            weights: weight_bytes,
             sequence: blocks.saturating_mul(KvCache::block_bytes(model, kv_type)),
             sequences: config.max_running as u64,
         }

@@ -14,7 +14,7 @@ use super::event::Event;
 use super::request::{Request, Work};
 use super::step::StepLoop;
 use crate::error::{Error, Result};
-use crate::model::kernels::{self, KV_BLOCK, KvType};
+use crate::model::kernels::{self, ComputePool, KV_BLOCK, KvType};
 use crate::model::{
     ChatTemplate, Decoder, Identity, KvCache, ModelConfig, Placement, Source, Tokenizer,
 };
@@ -210,16 +210,17 @@ impl EngineThread {
 /// The events of one request. Dropping it cancels the request at the next step.
 pub struct Events {
     receiver: mpsc::Receiver<Event>,
-    _captures: Lease,
+    captures: Arc<CaptureLease>,
 }
 
-/// Memory that a request's captures may take until its events are dropped.
-struct Lease {
+/// Memory that a request's captures may take. Whoever keeps them longer than its `Events` keeps
+/// this too.
+pub struct CaptureLease {
     bytes: u64,
     shared: Arc<Shared>,
 }
 
-impl Drop for Lease {
+impl Drop for CaptureLease {
     fn drop(&mut self) {
         let bytes = &self.shared.capture_bytes;
         bytes.fetch_sub(self.bytes, Ordering::AcqRel);
@@ -227,6 +228,10 @@ impl Drop for Lease {
 }
 
 impl Events {
+    pub fn capture_lease(&self) -> Arc<CaptureLease> {
+        Arc::clone(&self.captures)
+    }
+
     pub async fn next(&mut self) -> Option<Event> {
         self.receiver.recv().await
     }
@@ -270,25 +275,23 @@ impl Engine {
             )));
         }
         let kv = KvCache::new(&config, options.kv_type, blocks, &placement)?;
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(options.threads)
-            .thread_name(|i| format!("inwit-compute-{i}"))
-            .build()
+        let pool = ComputePool::new(options.threads)
             .map_err(|error| Error::Config(format!("--threads: {error}")))?;
         let kernel_identity = if placement.uses_kernels() {
             kernels::identity()
         } else {
             "tensor"
         };
+        let weight_format = model.decoder.weights_held_as();
         let info = ModelInfo {
             name: model.name,
             identity: model.identity,
             context_length: context.min(blocks * KV_BLOCK),
-            weight_format: placement.weights.to_string(),
+            weight_format: weight_format.clone(),
             kv_type: options.kv_type.to_string(),
             kernel_identity: format!(
-                "{kernel_identity}/weights-{}/kv-{}",
-                placement.weights, options.kv_type
+                "{kernel_identity}/weights-{weight_format}/kv-{}",
+                options.kv_type
             ),
             weight_bytes: model.decoder.weight_bytes(),
             kv_blocks: blocks,
@@ -375,12 +378,12 @@ impl Engine {
             .map_err(|_| Error::Unavailable("the engine has stopped".into()))?;
         Ok(Events {
             receiver,
-            _captures: captures,
+            captures: Arc::new(captures),
         })
     }
 
     /// Promises memory for all that the request may capture: the engine waits for no reader.
-    fn lease(&self, request: &Request) -> Result<Lease> {
+    fn lease(&self, request: &Request) -> Result<CaptureLease> {
         let (most, d_model) = (self.0.capture_bytes, self.0.info.config.d_model);
         let bytes = most_captured(request).saturating_mul(4 * d_model as u64);
         if bytes > most {
@@ -394,7 +397,7 @@ impl Engine {
         }
         let shared = &self.0.shared;
         let before = shared.capture_bytes.fetch_add(bytes, Ordering::AcqRel);
-        let lease = Lease {
+        let lease = CaptureLease {
             bytes,
             shared: Arc::clone(shared),
         };

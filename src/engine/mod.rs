@@ -15,7 +15,9 @@ mod sequence;
 mod step;
 
 pub use event::Event;
-pub use handle::{Engine, EngineOptions, EngineThread, Events, Load, Model, ModelInfo};
+pub use handle::{
+    CaptureLease, Engine, EngineOptions, EngineThread, Events, Load, Model, ModelInfo,
+};
 pub use prepare::{
     CaptureDraft, ConditionDraft, Defaults, Draft, InterventionDraft, InterventionKindDraft,
     MonitorDraft, PromptDraft, VectorDraft, prepare,

@@ -21,7 +21,7 @@ use super::sequence::{Scored, Sequence, Surroundings};
 use crate::error::{Error, Result};
 use crate::hooks::{HookPlan, HookRun, ProbeStack, RowCondition};
 use crate::metrics;
-use crate::model::kernels::KV_BLOCK;
+use crate::model::kernels::{ComputePool, KV_BLOCK};
 use crate::model::{Batch, Decoder, KvCache, RefusalRow, Span, Tokenizer, host};
 use crate::policy::{DecisionSink, Mode, Policy};
 use crate::registry::Snapshot;
@@ -33,7 +33,7 @@ pub(super) struct StepLoop {
     options: EngineOptions,
     shared: Arc<Shared>,
     receiver: commands::Receiver<Command>,
-    pool: rayon::ThreadPool,
+    pool: ComputePool,
     blocks: BlockPool,
     around: Surroundings,
     waiting: VecDeque<Admission>,
@@ -67,7 +67,7 @@ impl StepLoop {
         sink: Arc<dyn DecisionSink>,
         shared: Arc<Shared>,
         receiver: commands::Receiver<Command>,
-        pool: rayon::ThreadPool,
+        pool: ComputePool,
     ) -> Self {
         Self {
             blocks: BlockPool::new(kv.blocks()),

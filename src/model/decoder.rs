@@ -1,6 +1,8 @@
 //! The decoder that all families share: what differs is which parts a block has.
 //! Every hook site of design is here, once, so no family can lack one.
 
+use std::collections::BTreeSet;
+
 use candle_core::Tensor;
 
 use super::attention::Attention;
@@ -141,15 +143,27 @@ impl Decoder {
 
     /// Bytes of all weights as they are kept.
     pub fn weight_bytes(&self) -> usize {
-        let blocks = self.layers.iter().map(|block| {
+        self.matrices().map(Linear::bytes).sum()
+    }
+
+    /// How the matrices are held, e.g. `q4_1+q8_0`.
+    pub fn weights_held_as(&self) -> String {
+        let names: BTreeSet<&str> = self.matrices().map(Linear::held_as).collect();
+        Vec::from_iter(names).join("+")
+    }
+
+    fn matrices(&self) -> impl Iterator<Item = &Linear> {
+        fn of_block(block: &Block) -> [&Linear; 4] {
             let attention = &block.self_attn;
-            attention.qkv_proj.bytes()
-                + attention.o_proj.bytes()
-                + block.mlp.gate_up_proj.bytes()
-                + block.mlp.down_proj.bytes()
-        });
-        let head = self.lm_head.as_ref().map_or(0, Linear::bytes);
-        blocks.sum::<usize>() + self.embed_tokens.bytes() + head
+            [
+                &attention.qkv_proj,
+                &attention.o_proj,
+                &block.mlp.gate_up_proj,
+                &block.mlp.down_proj,
+            ]
+        }
+        let blocks = self.layers.iter().flat_map(of_block);
+        blocks.chain([&self.embed_tokens]).chain(&self.lm_head)
     }
 }
 

@@ -60,6 +60,14 @@ impl Linear {
         Ok(())
     }
 
+    /// How its weights are held.
+    pub fn held_as(&self) -> &'static str {
+        match self {
+            Self::Packed(weight) => weight.held_as(),
+            Self::Dense(_) => "f32",
+        }
+    }
+
     pub fn bytes(&self) -> usize {
         match self {
             Self::Packed(weight) => weight.bytes(),

@@ -17,6 +17,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use tonic::Status;
 
 use super::call::Call;
+use crate::engine::CaptureLease;
 use crate::engine::event::Event;
 use crate::error::{Error, Result};
 
@@ -45,6 +46,7 @@ impl Running {
                 source: events.boxed(),
                 told: VecDeque::new(),
                 in_flight: Some(in_flight),
+                captures: None,
             }),
             news: Notify::new(),
         });
@@ -61,6 +63,12 @@ impl Running {
             call,
             ended: false,
         }
+    }
+
+    /// Keeps the lease as long as the states that were captured under it.
+    pub(super) fn under(self, lease: Arc<CaptureLease>) -> Self {
+        self.shared.state().captures = Some(lease);
+        self
     }
 
     /// The next event; an error is the last. `None` after `Completed` or an error.
@@ -143,6 +151,7 @@ struct State {
     told: VecDeque<Result<Event>>,
     /// Held until the end, so that a drain knows what it waits for.
     in_flight: Option<TaskTrackerToken>,
+    captures: Option<Arc<CaptureLease>>,
 }
 
 impl State {
@@ -153,6 +162,7 @@ impl State {
     fn clear(&mut self) {
         self.cancel();
         self.told = VecDeque::new();
+        self.captures = None;
         self.in_flight = None;
     }
 }

@@ -185,18 +185,13 @@ impl Served {
         admit: impl FnMut(&Event) -> Result<()> + Send + 'static,
     ) -> Result<Running> {
         let events = self.engine.submit(request)?;
+        let lease = events.capture_lease();
         let events = stream::unfold(events, |mut events| async move {
             let event = events.next().await?;
             Some((event, events))
         });
         let (call, stop) = (call.clone(), self.stop.clone());
-        Ok(Running::new(
-            events,
-            admit,
-            call,
-            stop,
-            self.in_flight.token(),
-        ))
+        Ok(Running::new(events, admit, call, stop, self.in_flight.token()).under(lease))
     }
 
     pub(super) async fn start(&self, call: &Call, draft: Draft) -> Result<(Running, Terms)> {

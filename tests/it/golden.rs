@@ -110,14 +110,16 @@ fn assert_close(got: &[f32], expected: &[f32], tolerance: f32, what: &str) {
         "{what}: relative error {}",
         worst / largest
     );
-    let dot = |a: &[f32], b: &[f32]| -> f64 {
-        a.iter()
-            .zip(b)
-            .map(|(a, b)| f64::from(*a) * f64::from(*b))
-            .sum()
-    };
-    let cosine = dot(got, expected) / (dot(got, got) * dot(expected, expected)).sqrt();
+    let cosine = cosine(got, expected);
     assert!(cosine >= COSINE, "{what}: cosine {cosine}");
+}
+
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        let products = a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b));
+        products.sum()
+    };
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
 
 fn argmax(logits: &[f32]) -> u32 {
@@ -289,6 +291,49 @@ fn k_quants_agree_with_their_dequantised_reference() {
         };
         let model = format!("kquants/{name}");
         check(&model, &reference, &Placement::cpu(WeightFormat::F32));
+    }
+}
+
+fn check_near(decoder: &Decoder, reference: &Reference, least: f64, model: &str) {
+    let width = decoder.config().d_model;
+    let sites: Vec<Site> = Site::all(decoder.config().n_layers).collect();
+    let mut compared = 0;
+    for prompt in (0..4).filter(|p| reference.has(&format!("p{p}.tokens"))) {
+        let tokens = reference.integers(&format!("p{prompt}.tokens"));
+        let positions = reference.integers(&format!("p{prompt}.positions"));
+        let (_, captured) = Alone::new(decoder).feed(&tokens, &sites);
+        for (site, values) in &captured {
+            let name = format!("p{prompt}.{site}");
+            if !reference.has(&name) {
+                continue;
+            }
+            for (row, position) in reference.floats(&name).iter().zip(&positions) {
+                let got = &values[*position as usize * width..][..width];
+                let cosine = cosine(got, row);
+                assert!(
+                    cosine >= least,
+                    "{model} {name}@{position}: cosine {cosine}"
+                );
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 0, "{model}: nothing was compared");
+}
+
+#[test]
+fn weights_of_few_bits_are_those_of_the_file_and_stay_near_its_reference() {
+    let path = default_model();
+    let reference = Reference::open("smollm2/reference.safetensors");
+    // The first may be chosen automatically; the second rounds a second time what has 4 bits.
+    for (weights, held_as, least) in [
+        (WeightFormat::AsIs, "q4_1+q8_0", 0.999),
+        (WeightFormat::Q8_0, "q8_0", 0.998),
+    ] {
+        let source = Source::open(&path).unwrap();
+        let decoder = Decoder::load(&source, &Placement::cpu(weights)).unwrap();
+        assert_eq!(decoder.weights_held_as(), held_as);
+        check_near(&decoder, &reference, least, held_as);
     }
 }
 

@@ -150,6 +150,28 @@ fn so_do_they_with_half_precision_weights_and_cache() {
 }
 
 #[test]
+fn so_do_they_with_weights_of_few_bits() {
+    for weights in [WeightFormat::AsIs, WeightFormat::Q8_0] {
+        let model = "llama/model-mixed.gguf";
+        check_in_company(
+            Setup {
+                weights,
+                model,
+                ..LLAMA
+            },
+            &[7],
+        );
+    }
+    check_in_company(
+        Setup {
+            weights: WeightFormat::Q8_0,
+            ..GEMMA
+        },
+        &[64],
+    );
+}
+
+#[test]
 fn guests_are_what_they_claim_to_be() {
     let rig = Rig::start(LLAMA);
     let snapshot = rig.library().complete().snapshot();

@@ -9,6 +9,7 @@ mod qwen3;
 use super::attention::Attention;
 use super::config::{Family, ModelConfig};
 use super::decoder::{Block, Decoder};
+use super::kernels::{PackedMatrix, WeightFormat};
 use super::kv::attention_shape;
 use super::layers::{Linear, Mlp, Placement, RmsNorm};
 use super::source::Source;
@@ -57,6 +58,9 @@ struct Loader<'a> {
 impl Loader<'_> {
     /// The weights of several products of the same input, stacked: `(name, outputs)` each.
     fn linear(&self, parts: &[(&str, usize)], inputs: usize) -> Result<Linear> {
+        if let Some(blocks) = self.blocks(parts, inputs)? {
+            return Ok(blocks);
+        }
         let mut stacked = Vec::new();
         for (name, outputs) in parts {
             let weight = self
@@ -66,6 +70,27 @@ impl Loader<'_> {
         }
         let outputs = parts.iter().map(|(_, outputs)| outputs).sum();
         Linear::new(stacked, outputs, inputs, self.placement)
+    }
+
+    /// The same as the file holds them, where that is wished and all are held alike.
+    fn blocks(&self, parts: &[(&str, usize)], inputs: usize) -> Result<Option<Linear>> {
+        if self.placement.weights != WeightFormat::AsIs || !self.placement.uses_kernels() {
+            return Ok(None);
+        }
+        let mut stacked = Vec::new();
+        let mut of_all = None;
+        for (name, outputs) in parts {
+            let name = format!("{name}.weight");
+            match self.source.blocks(&name, [*outputs, inputs])? {
+                Some((kind, blocks)) if *of_all.get_or_insert(kind) == kind => {
+                    stacked.extend(blocks);
+                }
+                _ => return Ok(None),
+            }
+        }
+        let outputs = parts.iter().map(|(_, outputs)| outputs).sum();
+        let pack = |kind| PackedMatrix::pack_blocks(&stacked, outputs, inputs, kind);
+        Ok(of_all.map(|kind| Linear::Packed(pack(kind))))
     }
 
     fn norm(&self, name: &str, width: usize) -> Result<RmsNorm> {

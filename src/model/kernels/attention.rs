@@ -7,10 +7,10 @@
 
 use half::bf16;
 use multiversion::multiversion;
-use rayon::prelude::*;
 
 use super::SharedOut;
 use super::elementwise::exp_inline;
+use super::pool::parallel;
 
 /// Positions per KV block.
 pub const KV_BLOCK: usize = 16;
@@ -252,10 +252,7 @@ fn attend_store<T: Stored>(
         let mut scratch = Vec::new();
         tasks.iter().for_each(|task| run(task, &mut scratch));
     } else {
-        tasks
-            .par_iter()
-            .with_max_len(4)
-            .for_each_init(Vec::new, |scratch, task| run(task, scratch));
+        parallel(tasks.len(), |task| run(&tasks[task], &mut Vec::new()));
     }
 }
 

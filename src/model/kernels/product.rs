@@ -1,10 +1,12 @@
-//! `y = x W^T` for weights repacked at load into panels of 64 outputs.
+//! `y = x W^T` for weights repacked at load, here f32 and bf16 in panels of 64 outputs.
 //! Each output is one chain of fused multiply-adds over the inner dimension, in its order.
 
 use half::bf16;
 use rayon::prelude::*;
 
 use super::SharedOut;
+use super::pool::{current_threads, parallel};
+use super::quantised::{QuantKind, QuantMatrix};
 
 /// Outputs per panel: four AVX-512 registers, eight AVX2 ones.
 const PANEL: usize = 64;
@@ -17,6 +19,10 @@ const PARALLEL_WORK: usize = 1 << 16;
 pub enum WeightFormat {
     F32,
     Bf16,
+    /// Every matrix rounded to 8 bits, 32 weights to a scale.
+    Q8_0,
+    /// Each matrix as the file holds it where a kernel takes that, else f32, which loses nothing.
+    AsIs,
 }
 
 impl std::fmt::Display for WeightFormat {
@@ -24,11 +30,13 @@ impl std::fmt::Display for WeightFormat {
         f.write_str(match self {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
+            Self::Q8_0 => "q8_0",
+            Self::AsIs => "as-is",
         })
     }
 }
 
-/// A weight matrix `[outputs, inputs]`, held once, in panels: `[outputs / 64][inputs][64]`.
+/// A weight matrix `[outputs, inputs]`, held once; f32 and bf16 as `[outputs / 64][inputs][64]`.
 pub struct PackedMatrix {
     outputs: usize,
     inputs: usize,
@@ -38,6 +46,7 @@ pub struct PackedMatrix {
 enum Panels {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
+    Quantised(QuantMatrix),
 }
 
 /// One stored weight, widened to f32 without loss.
@@ -67,7 +76,8 @@ impl Weight for bf16 {
 }
 
 impl PackedMatrix {
-    /// Packs `weight`, row-major `[outputs, inputs]`; its length must be the product.
+    /// Packs `weight`, row-major `[outputs, inputs]`; its length must be the product. Numbers
+    /// have no form of their own, so `AsIs` keeps them.
     pub fn pack(weight: &[f32], outputs: usize, inputs: usize, format: WeightFormat) -> Self {
         assert_eq!(
             weight.len(),
@@ -75,13 +85,32 @@ impl PackedMatrix {
             "weight is [outputs, inputs]"
         );
         let panels = match format {
-            WeightFormat::F32 => Panels::F32(pack(weight, outputs, inputs)),
+            WeightFormat::F32 | WeightFormat::AsIs => Panels::F32(pack(weight, outputs, inputs)),
             WeightFormat::Bf16 => Panels::Bf16(pack(weight, outputs, inputs)),
+            WeightFormat::Q8_0 => Panels::Quantised(QuantMatrix::round(weight, outputs, inputs)),
         };
         Self {
             outputs,
             inputs,
             panels,
+        }
+    }
+
+    /// Packs rows of blocks as GGUF stores them.
+    pub fn pack_blocks(blocks: &[u8], outputs: usize, inputs: usize, kind: QuantKind) -> Self {
+        Self {
+            outputs,
+            inputs,
+            panels: Panels::Quantised(QuantMatrix::pack(blocks, outputs, inputs, kind)),
+        }
+    }
+
+    /// How its weights are held.
+    pub fn held_as(&self) -> &'static str {
+        match &self.panels {
+            Panels::F32(_) => "f32",
+            Panels::Bf16(_) => "bf16",
+            Panels::Quantised(matrix) => matrix.kind().name(),
         }
     }
 
@@ -97,6 +126,7 @@ impl PackedMatrix {
         match &self.panels {
             Panels::F32(panels) => panels.len() * 4,
             Panels::Bf16(panels) => panels.len() * 2,
+            Panels::Quantised(matrix) => matrix.bytes(),
         }
     }
 
@@ -108,6 +138,7 @@ impl PackedMatrix {
         match &self.panels {
             Panels::F32(panels) => self.fill(panels, x, &mut y),
             Panels::Bf16(panels) => self.fill(panels, x, &mut y),
+            Panels::Quantised(matrix) => matrix.product(x, &mut y),
         }
         y
     }
@@ -126,6 +157,7 @@ impl PackedMatrix {
                     *value = panels[base + k * PANEL].widen();
                 }
             }
+            Panels::Quantised(matrix) => matrix.row(row, out),
         }
     }
 
@@ -151,12 +183,9 @@ impl PackedMatrix {
         } else {
             // A few large pieces per thread: enough to balance, few enough to hand out cheaply.
             let count = panels.len() / panel_len;
-            let pieces = (rayon::current_num_threads() * 4).min(count).max(1);
-            let per_piece = count.div_ceil(pieces);
-            (0..pieces).into_par_iter().for_each(|piece| {
-                let first = piece * per_piece;
-                let last = (first + per_piece).min(count);
-                for index in first..last {
+            let pieces = (current_threads() * 8).min(count).max(1);
+            parallel(pieces, |piece| {
+                for index in piece * count / pieces..(piece + 1) * count / pieces {
                     fill_panel((index, &panels[index * panel_len..(index + 1) * panel_len]));
                 }
             });

@@ -24,6 +24,7 @@ use std::time::SystemTime;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::model::kernels::{QUANT_BLOCK, QuantKind, WeightFormat};
 use crate::model::{ChatTemplate, ModelConfig, Tokenizer};
 use stored_type::AlignedBytes;
 pub use stored_type::StoredType;
@@ -120,34 +121,54 @@ impl Source {
     /// are the multipliers themselves. A tensor that is missing, misshapen or not finite is an
     /// error that names it.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let stored = self.tensors.get(name).ok_or_else(|| {
-            Error::file(self.path.display(), format!("tensor `{name}` is missing"))
-        })?;
-        let file = &self.files[stored.file];
-        let fail = |message: String| {
-            Error::file(
-                file.path.display(),
-                format!("tensor `{}`: {message}", stored.entry.name),
-            )
-        };
-        if stored.entry.shape != shape {
-            return Err(fail(format!(
-                "its shape is {:?}, the configuration wants {shape:?}",
-                stored.entry.shape
-            )));
-        }
+        let (stored, file) = self.find(name, shape)?;
+        let fail = |message| stored.error(file, message);
         let bytes = file.read(&stored.entry)?;
-        let mut values = stored
-            .entry
-            .stored_type
-            .to_f32(bytes.as_slice())
-            .map_err(fail)?;
+        let stored_type = stored.entry.stored_type;
+        let mut values = stored_type.to_f32(bytes.as_slice()).map_err(fail)?;
         if !values.iter().all(|value| value.is_finite()) {
             return Err(fail("it holds values that are not finite".into()));
         }
         stored.adjustment.apply(&mut values, shape).map_err(fail)?;
         self.mark_asked(name);
         Ok(values)
+    }
+
+    /// A matrix `[out, in]` in the blocks in which the file holds it, rows in the order of
+    /// `tensor`; none where no kernel takes such blocks.
+    pub fn blocks(&self, name: &str, shape: [usize; 2]) -> Result<Option<(QuantKind, Vec<u8>)>> {
+        let (stored, file) = self.find(name, &shape)?;
+        let fail = |message| stored.error(file, message);
+        let stored_type = stored.entry.stored_type;
+        if stored_type.kernel().is_none() || !shape[1].is_multiple_of(QUANT_BLOCK) {
+            return Ok(None);
+        }
+        let bytes = file.read(&stored.entry)?;
+        let Some((kind, mut blocks)) = stored_type.to_blocks(bytes.as_slice()) else {
+            return Err(fail("it holds values that are not finite".into()));
+        };
+        let row = blocks.len() / shape[0].max(1);
+        stored
+            .adjustment
+            .apply_to_rows(&mut blocks, shape[0], row)
+            .map_err(fail)?;
+        self.mark_asked(name);
+        Ok(Some((kind, blocks)))
+    }
+
+    fn find(&self, name: &str, shape: &[usize]) -> Result<(&StoredTensor, &WeightFile)> {
+        let stored = self.tensors.get(name).ok_or_else(|| {
+            Error::file(self.path.display(), format!("tensor `{name}` is missing"))
+        })?;
+        let file = &self.files[stored.file];
+        if stored.entry.shape != shape {
+            let message = format!(
+                "its shape is {:?}, the configuration wants {shape:?}",
+                stored.entry.shape
+            );
+            return Err(stored.error(file, message));
+        }
+        Ok((stored, file))
     }
 
     pub fn has(&self, name: &str) -> bool {
@@ -199,10 +220,18 @@ impl Source {
         ))
     }
 
-    /// What all weights take in memory as f32.
-    pub fn parameters_bytes_f32(&self) -> u64 {
-        let elements = |stored: &StoredTensor| stored.entry.shape.iter().product::<usize>();
-        4 * self.tensors.values().map(elements).sum::<usize>() as u64
+    /// What all weights take in memory when they are held as `format`, in bytes.
+    pub fn weight_bytes(&self, format: WeightFormat) -> u64 {
+        let bytes = |stored: &StoredTensor| {
+            let elements = stored.entry.shape.iter().product::<usize>() as u64;
+            match (format, stored.entry.stored_type.kernel()) {
+                (WeightFormat::Bf16, _) => 2 * elements,
+                (WeightFormat::Q8_0, _) => elements / 32 * 34,
+                (WeightFormat::AsIs, Some(kind)) => elements / 32 * kind.block_bytes() as u64,
+                (WeightFormat::F32 | WeightFormat::AsIs, _) => 4 * elements,
+            }
+        };
+        self.tensors.values().map(bytes).sum()
     }
 
     fn mark_asked(&self, name: &str) {
@@ -271,7 +300,27 @@ enum Adjustment {
     AddOne,
 }
 
+impl StoredTensor {
+    fn error(&self, file: &WeightFile, message: String) -> Error {
+        let message = format!("tensor `{}`: {message}", self.entry.name);
+        Error::file(file.path.display(), message)
+    }
+}
+
 impl Adjustment {
+    /// To rows of any kind of block.
+    fn apply_to_rows(self, blocks: &mut Vec<u8>, rows: usize, row: usize) -> Result<(), String> {
+        match self {
+            Self::None => Ok(()),
+            Self::AddOne => Err("a norm is no matrix".into()),
+            Self::SplitRotaryPairs { heads } => {
+                check_heads(rows, heads)?;
+                *blocks = split_rotary_pairs(blocks, rows / heads, row);
+                Ok(())
+            }
+        }
+    }
+
     fn apply(self, values: &mut Vec<f32>, shape: &[usize]) -> Result<(), String> {
         match self {
             Self::None => {}
@@ -280,9 +329,7 @@ impl Adjustment {
                 let [rows, columns] = shape else {
                     return Err("rotary rows need two dimensions".into());
                 };
-                if heads == 0 || !rows.is_multiple_of(2 * heads) {
-                    return Err(format!("{rows} rows are not {heads} heads of pairs"));
-                }
+                check_heads(*rows, heads)?;
                 *values = split_rotary_pairs(values, rows / heads, *columns);
             }
         }
@@ -290,8 +337,15 @@ impl Adjustment {
     }
 }
 
+fn check_heads(rows: usize, heads: usize) -> Result<(), String> {
+    if heads == 0 || !rows.is_multiple_of(2 * heads) {
+        return Err(format!("{rows} rows are not {heads} heads of pairs"));
+    }
+    Ok(())
+}
+
 /// Within each head, row `2 i + s` goes to row `s * head_dim / 2 + i`.
-fn split_rotary_pairs(values: &[f32], head_dim: usize, columns: usize) -> Vec<f32> {
+fn split_rotary_pairs<T: Clone>(values: &[T], head_dim: usize, columns: usize) -> Vec<T> {
     let mut split = Vec::with_capacity(values.len());
     for head in values.chunks_exact(head_dim * columns) {
         for half in 0..2 {

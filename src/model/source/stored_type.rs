@@ -8,6 +8,8 @@ use candle_core::CpuStorage;
 use candle_core::quantized::GgmlDType;
 use half::{bf16, f16};
 
+use crate::model::kernels::QuantKind;
+
 /// How a tensor is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StoredType {
@@ -115,6 +117,35 @@ impl StoredType {
         }
     }
 
+    /// The kernel that multiplies by such blocks as they are.
+    pub(crate) fn kernel(self) -> Option<QuantKind> {
+        match self {
+            Self::Q4_0 | Self::Q4_1 => Some(QuantKind::Q4_1),
+            Self::Q8_0 => Some(QuantKind::Q8_0),
+            _ => None,
+        }
+    }
+
+    /// The same numbers in that kernel's blocks; none where there is no such kernel, or one of
+    /// them is not finite.
+    pub(crate) fn to_blocks(self, bytes: &[u8]) -> Option<(QuantKind, Vec<u8>)> {
+        let kind = self.kernel()?;
+        let blocks = match self {
+            Self::Q4_0 => {
+                let converted = bytes.chunks_exact(self.block_bytes()).map(from_q4_0);
+                converted.collect::<Option<Vec<_>>>()?.concat()
+            }
+            _ => bytes.to_vec(),
+        };
+        let finite = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).is_finite();
+        let sound = |block: &[u8]| match kind {
+            QuantKind::Q4_1 => finite(block) && finite(&block[2..]),
+            QuantKind::Q8_0 => finite(block),
+        };
+        let all = blocks.chunks_exact(kind.block_bytes()).all(sound);
+        all.then_some((kind, blocks))
+    }
+
     /// `bytes` hold whole blocks and begin at an address divisible by 16 (see [`AlignedBytes`]).
     pub(crate) fn to_f32(self, bytes: &[u8]) -> Result<Vec<f32>, String> {
         let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
@@ -136,6 +167,17 @@ impl StoredType {
             }
         })
     }
+}
+
+/// `d (q - 8)` as `d q + m`; the product with 8 is exact, but it may not fit.
+fn from_q4_0(block: &[u8]) -> Option<Vec<u8>> {
+    let scale = f16::from_le_bytes([block[0], block[1]]);
+    let minimum = f16::from_f32(-8.0 * scale.to_f32());
+    let mut with_minimum = Vec::with_capacity(block.len() + 2);
+    with_minimum.extend_from_slice(&block[..2]);
+    with_minimum.extend_from_slice(&minimum.to_le_bytes());
+    with_minimum.extend_from_slice(&block[2..]);
+    (minimum.to_f32() == -8.0 * scale.to_f32()).then_some(with_minimum)
 }
 
 const ALIGNMENT: usize = 16;
@@ -188,6 +230,38 @@ mod tests {
             );
         }
         assert_eq!(StoredType::from_ggml(9), None);
+    }
+
+    #[test]
+    fn a_kernel_s_blocks_hold_the_same_numbers() {
+        for stored in [StoredType::Q4_0, StoredType::Q4_1, StoredType::Q8_0] {
+            let mut bytes = AlignedBytes::zeroed(2 * stored.block_bytes()).expect("room");
+            for (index, byte) in bytes.as_mut_slice().iter_mut().enumerate() {
+                *byte = (index * 37 % 251) as u8;
+            }
+            for block in bytes.as_mut_slice().chunks_exact_mut(stored.block_bytes()) {
+                block[..2].copy_from_slice(&f16::from_f32(0.37).to_le_bytes());
+                if stored == StoredType::Q4_1 {
+                    block[2..4].copy_from_slice(&f16::from_f32(-1.5).to_le_bytes());
+                }
+            }
+            let (kind, blocks) = stored.to_blocks(bytes.as_slice()).expect("finite");
+            let same = match kind {
+                QuantKind::Q4_1 => StoredType::Q4_1,
+                QuantKind::Q8_0 => StoredType::Q8_0,
+            };
+            let mut aligned = AlignedBytes::zeroed(blocks.len()).expect("room");
+            aligned.as_mut_slice().copy_from_slice(&blocks);
+            assert_eq!(
+                same.to_f32(aligned.as_slice()),
+                stored.to_f32(bytes.as_slice())
+            );
+        }
+        assert!(
+            StoredType::Q8_0.to_blocks(&[0xff; 34]).is_none(),
+            "a scale that is no number"
+        );
+        assert!(StoredType::Q6K.to_blocks(&[0; 210]).is_none());
     }
 
     #[test]

@@ -1,0 +1,300 @@
+//! Threads that share one product at a time, and wait for the next without sleeping.
+//! A forward pass hands out a piece of work every few microseconds: waking a sleeping thread would
+//! cost more than the work. Between passes the threads sleep, so that an idle server is idle.
+
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+/// How often a waiting thread looks before it sleeps: some 50 to 100 microseconds.
+const LOOKS: usize = 4_000;
+
+thread_local! {
+    static CURRENT: RefCell<Option<Arc<Shared>>> = const { RefCell::new(None) };
+}
+
+/// Compute threads; the thread that calls is one of them.
+pub struct ComputePool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    threads: usize,
+    /// Odd while a job is open; a new number for each job.
+    epoch: AtomicUsize,
+    /// The open job. Written only while it is closed and nobody is inside.
+    job: Mutex<Option<Job>>,
+    /// Workers that may be reading the job.
+    inside: AtomicUsize,
+    next: AtomicUsize,
+    panicked: AtomicBool,
+    closing: AtomicBool,
+    sleepers: AtomicUsize,
+    bed: Mutex<()>,
+    bell: Condvar,
+}
+
+/// A borrowed closure whose lifetime the caller of `parallel` guards: it does not return while a
+/// worker is inside.
+#[derive(Clone, Copy)]
+struct Job {
+    work: *const (dyn Fn(usize) + Sync),
+    pieces: usize,
+}
+
+// SAFETY: the closure is `Sync`, and `parallel` keeps it alive while any worker is inside.
+#[allow(unsafe_code)]
+unsafe impl Send for Job {}
+
+impl ComputePool {
+    /// `threads` in all, the caller's included; 0 takes one per core.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn new(threads: usize) -> std::io::Result<Self> {
+        let threads = match threads {
+            0 => std::thread::available_parallelism()?.get(),
+            threads => threads,
+        };
+        let shared = Arc::new(Shared {
+            threads,
+            epoch: AtomicUsize::new(0),
+            job: Mutex::new(None),
+            inside: AtomicUsize::new(0),
+            next: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            sleepers: AtomicUsize::new(0),
+            bed: Mutex::new(()),
+            bell: Condvar::new(),
+        });
+        let mut pool = Self {
+            shared,
+            workers: Vec::new(),
+        };
+        for number in 1..threads {
+            let shared = Arc::clone(&pool.shared);
+            let worker = std::thread::Builder::new()
+                .name(format!("inwit-compute-{number}"))
+                .spawn(move || shared.work())?;
+            pool.workers.push(worker);
+        }
+        Ok(pool)
+    }
+
+    pub fn threads(&self) -> usize {
+        self.shared.threads
+    }
+
+    /// Runs `f` on this thread; what it calls `parallel` for is shared by the pool.
+    pub fn install<T>(&self, f: impl FnOnce() -> T) -> T {
+        struct Restore(Option<Arc<Shared>>);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                let before = self.0.take();
+                CURRENT.with(|current| *current.borrow_mut() = before);
+            }
+        }
+        let shared = Arc::clone(&self.shared);
+        let _restore = Restore(CURRENT.with(|current| current.replace(Some(shared))));
+        f()
+    }
+}
+
+impl Drop for ComputePool {
+    fn drop(&mut self) {
+        self.shared.closing.store(true, Ordering::SeqCst);
+        self.shared.ring();
+        for worker in self.workers.drain(..) {
+            // A worker catches what its work throws.
+            let _ = worker.join();
+        }
+    }
+}
+
+/// Threads that `parallel` would use here.
+pub fn current_threads() -> usize {
+    CURRENT.with(|current| current.borrow().as_ref().map_or(1, |shared| shared.threads))
+}
+
+/// Calls `work` with each of `0..pieces` once, on the threads of the installed pool, else here.
+///
+/// # Panics
+/// When a piece does, after the others have ended.
+pub fn parallel(pieces: usize, work: impl Fn(usize) + Sync) {
+    // Taken out for the time: a piece that calls `parallel` itself runs that alone.
+    let shared = CURRENT.with(|current| current.borrow_mut().take());
+    match &shared {
+        Some(shared) if shared.threads > 1 && pieces > 1 => {
+            let result = catch_unwind(AssertUnwindSafe(|| shared.share(pieces, &work)));
+            CURRENT.with(|current| *current.borrow_mut() = Some(Arc::clone(shared)));
+            if let Err(panic) = result {
+                std::panic::resume_unwind(panic);
+            }
+        }
+        _ => {
+            CURRENT.with(|current| *current.borrow_mut() = shared.clone());
+            (0..pieces).for_each(work);
+        }
+    }
+}
+
+impl Shared {
+    fn share(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
+        // SAFETY: only the lifetime is erased. The job is taken back, and every worker has left,
+        // before this function returns.
+        #[allow(unsafe_code)]
+        let work = unsafe {
+            std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(work)
+        };
+        let job = Job {
+            work: std::ptr::from_ref(work),
+            pieces,
+        };
+        *self.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
+        self.next.store(0, Ordering::Relaxed);
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
+            self.ring();
+        }
+        self.take_pieces(job);
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        while self.inside.load(Ordering::SeqCst) > 0 {
+            std::hint::spin_loop();
+        }
+        *self.job.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        if self.panicked.swap(false, Ordering::SeqCst) {
+            panic!("a piece of a computation panicked");
+        }
+    }
+
+    fn take_pieces(&self, job: Job) {
+        loop {
+            let piece = self.next.fetch_add(1, Ordering::Relaxed);
+            if piece >= job.pieces {
+                return;
+            }
+            // SAFETY: the job is open or this thread is inside it, so the closure is alive.
+            #[allow(unsafe_code)]
+            let work = unsafe { &*job.work };
+            if catch_unwind(AssertUnwindSafe(|| work(piece))).is_err() {
+                self.panicked.store(true, Ordering::SeqCst);
+            }
+        }
+    }
+
+    fn work(&self) {
+        let mut done = 0;
+        loop {
+            let epoch = self.await_job(done);
+            if self.closing.load(Ordering::SeqCst) {
+                return;
+            }
+            // Announce, then look again: either this sees that the job was closed meanwhile, or
+            // the closer sees this and waits.
+            self.inside.fetch_add(1, Ordering::SeqCst);
+            if self.epoch.load(Ordering::SeqCst) == epoch {
+                let job = *self.job.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(job) = job {
+                    self.take_pieces(job);
+                }
+            }
+            self.inside.fetch_sub(1, Ordering::SeqCst);
+            done = epoch;
+        }
+    }
+
+    /// The number of an open job that is not `done`; any number when the pool closes.
+    fn await_job(&self, done: usize) -> usize {
+        let open = || {
+            let epoch = self.epoch.load(Ordering::SeqCst);
+            let new = epoch % 2 == 1 && epoch != done;
+            (new || self.closing.load(Ordering::Relaxed)).then_some(epoch)
+        };
+        loop {
+            for _ in 0..LOOKS {
+                if let Some(epoch) = open() {
+                    return epoch;
+                }
+                std::hint::spin_loop();
+            }
+            let bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
+            self.sleepers.fetch_add(1, Ordering::SeqCst);
+            // Looked at once more under the lock that the bell takes: no ring is missed.
+            let up = match open() {
+                Some(_) => bed,
+                None => self.bell.wait(bed).unwrap_or_else(PoisonError::into_inner),
+            };
+            self.sleepers.fetch_sub(1, Ordering::SeqCst);
+            drop(up);
+        }
+    }
+
+    fn ring(&self) {
+        let _bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
+        self.bell.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+
+    use super::*;
+
+    fn counted(pieces: usize) -> Vec<u64> {
+        let counts: Vec<AtomicU64> = (0..pieces).map(|_| AtomicU64::new(0)).collect();
+        parallel(pieces, |piece| {
+            counts[piece].fetch_add(1, Ordering::Relaxed);
+        });
+        counts.into_iter().map(AtomicU64::into_inner).collect()
+    }
+
+    #[test]
+    fn every_piece_is_done_once_with_and_without_a_pool() {
+        assert_eq!(counted(7), [1; 7]);
+        for threads in 1..5 {
+            let pool = ComputePool::new(threads).expect("threads");
+            pool.install(|| {
+                for pieces in 0..200 {
+                    assert_eq!(counted(pieces), vec![1; pieces]);
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn work_that_comes_after_a_sleep_is_done() {
+        let pool = ComputePool::new(3).expect("threads");
+        for _ in 0..20 {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            pool.install(|| assert_eq!(counted(64), [1; 64]));
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_piece_reaches_the_caller_and_the_pool_goes_on() {
+        let pool = ComputePool::new(2).expect("threads");
+        let run = || pool.install(|| parallel(16, |piece| assert_ne!(piece, 11, "on purpose")));
+        assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+        assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+        pool.install(|| assert_eq!(counted(64), [1; 64]));
+    }
+
+    #[test]
+    fn a_piece_that_shares_its_own_work_does_it_alone() {
+        let pool = ComputePool::new(2).expect("threads");
+        let total = AtomicU64::new(0);
+        pool.install(|| {
+            parallel(4, |_| {
+                parallel(5, |_| {
+                    total.fetch_add(1, Ordering::Relaxed);
+                });
+            });
+        });
+        assert_eq!(total.into_inner(), 20);
+    }
+}

@@ -1,0 +1,896 @@
+//! `y = x W^T` for weights of 4 or 8 bits, as the file holds them: blocks of 32 inputs that share a
+//! scale, and with 4 bits a minimum. The input is rounded to 8 bits per block of 32 as well, so a
+//! block's sum is an exact integer; each output is then one chain of fused multiply-adds over the
+//! blocks, in their order.
+//!
+//! With `W = d q + m` and `x = s p`: `y = sum over blocks of s d (p . q) + m s sum(p)`
+//! (the formats are llama.cpp's Q4_1 and Q8_0; the rounding of `x` is its Q8_1).
+
+use half::f16;
+use rayon::prelude::*;
+
+use super::SharedOut;
+use super::pool::{current_threads, parallel};
+
+/// Inputs that share a scale.
+pub const QUANT_BLOCK: usize = 32;
+/// Outputs per panel: two AVX-512 registers of sums.
+const PANEL: usize = 32;
+/// Outputs per register.
+const LANES: usize = 16;
+/// Inputs per lane of one integer product.
+const DEPTH: usize = 4;
+const GROUPS: usize = QUANT_BLOCK / DEPTH;
+const SCALES: usize = PANEL * 2;
+/// Below this many multiply-adds a product stays on one thread.
+const PARALLEL_WORK: usize = 1 << 16;
+/// Below this many numbers they are rounded on one thread.
+const PARALLEL_ROUNDING: usize = 1 << 14;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QuantKind {
+    /// `d q + m`, `q` from 0 to 15.
+    Q4_1,
+    /// `d q`, `q` from -128 to 127.
+    Q8_0,
+}
+
+impl QuantKind {
+    /// Bytes of a block of 32 as GGUF stores it.
+    pub fn block_bytes(self) -> usize {
+        match self {
+            Self::Q4_1 => 2 + 2 + QUANT_BLOCK / 2,
+            Self::Q8_0 => 2 + QUANT_BLOCK,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q4_1 => "q4_1",
+            Self::Q8_0 => "q8_0",
+        }
+    }
+
+    fn quants(self) -> usize {
+        match self {
+            Self::Q4_1 => PANEL * QUANT_BLOCK / 2,
+            Self::Q8_0 => PANEL * QUANT_BLOCK,
+        }
+    }
+
+    /// Bytes of one block of a panel: quants, scales, and minima where there are any.
+    fn record(self) -> usize {
+        match self {
+            Self::Q4_1 => self.quants() + 2 * SCALES,
+            Self::Q8_0 => self.quants() + SCALES,
+        }
+    }
+}
+
+/// A weight matrix `[outputs, inputs]`, held once: `[outputs / 32][inputs / 32]` records.
+///
+/// A record holds, for each half of 16 outputs and each group of four inputs, 16 times four
+/// weights side by side: one integer product takes four inputs of 16 outputs at a time. With 4
+/// bits the second half lies in the high nibbles of the first. Q8_0 is stored with 128 added.
+pub(super) struct QuantMatrix {
+    outputs: usize,
+    inputs: usize,
+    kind: QuantKind,
+    records: Records,
+}
+
+/// Begins at an address divisible by 64, a cache line.
+struct Records {
+    lines: Vec<Line>,
+    bytes: usize,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+impl Records {
+    fn zeroed(bytes: usize) -> Self {
+        Self {
+            lines: vec![Line([0; 64]); bytes.div_ceil(64)],
+            bytes,
+        }
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        // SAFETY: lines are plain bytes, one after another.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.bytes)
+        }
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and the borrow is exclusive.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.bytes)
+        }
+    }
+}
+
+/// One block of a row: `value = scale * quant + minimum`.
+#[derive(Clone, Copy)]
+struct Block {
+    scale: f16,
+    minimum: f16,
+    /// From 0 to 15, or -128 to 127.
+    quants: [i16; QUANT_BLOCK],
+}
+
+impl Block {
+    const ZERO: Self = Self {
+        scale: f16::ZERO,
+        minimum: f16::ZERO,
+        quants: [0; QUANT_BLOCK],
+    };
+
+    /// As GGUF stores it.
+    fn read(kind: QuantKind, bytes: &[u8]) -> Self {
+        let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let mut block = Self {
+            scale: half(0),
+            ..Self::ZERO
+        };
+        match kind {
+            QuantKind::Q4_1 => {
+                block.minimum = half(2);
+                for (index, byte) in bytes[4..].iter().enumerate() {
+                    block.quants[index] = i16::from(byte & 15);
+                    block.quants[index + QUANT_BLOCK / 2] = i16::from(byte >> 4);
+                }
+            }
+            QuantKind::Q8_0 => {
+                for (quant, byte) in block.quants.iter_mut().zip(&bytes[2..]) {
+                    *quant = i16::from(*byte as i8);
+                }
+            }
+        }
+        block
+    }
+
+    /// The nearest 8-bit block to 32 numbers: the scale that takes the largest to 127.
+    fn nearest(values: &[f32]) -> Self {
+        let most = values
+            .iter()
+            .fold(0f32, |most, value| most.max(value.abs()));
+        let scale = f16::from_f32(most / 127.0);
+        let inverse = match scale.to_f32() {
+            0.0 => 0.0,
+            scale => 1.0 / scale,
+        };
+        let mut block = Self {
+            scale,
+            ..Self::ZERO
+        };
+        for (quant, value) in block.quants.iter_mut().zip(values) {
+            *quant = (value * inverse).round_ties_even().clamp(-127.0, 127.0) as i16;
+        }
+        block
+    }
+}
+
+impl QuantMatrix {
+    /// Packs rows as GGUF stores them: `outputs` times `inputs / 32` blocks.
+    pub(super) fn pack(blocks: &[u8], outputs: usize, inputs: usize, kind: QuantKind) -> Self {
+        let per_row = inputs / QUANT_BLOCK;
+        let row_bytes = per_row * kind.block_bytes();
+        assert!(inputs.is_multiple_of(QUANT_BLOCK), "inputs are in blocks");
+        assert_eq!(
+            blocks.len(),
+            outputs * row_bytes,
+            "blocks are [outputs, inputs / 32]"
+        );
+        Self::fill(outputs, inputs, kind, |row, block| {
+            let at = row * row_bytes + block * kind.block_bytes();
+            Block::read(kind, &blocks[at..at + kind.block_bytes()])
+        })
+    }
+
+    /// Rounds `weight`, row-major `[outputs, inputs]`, to 8 bits.
+    pub(super) fn round(weight: &[f32], outputs: usize, inputs: usize) -> Self {
+        assert_eq!(
+            weight.len(),
+            outputs * inputs,
+            "weight is [outputs, inputs]"
+        );
+        Self::fill(outputs, inputs, QuantKind::Q8_0, |row, block| {
+            let row = &weight[row * inputs..(row + 1) * inputs];
+            let end = inputs.min((block + 1) * QUANT_BLOCK);
+            Block::nearest(&row[block * QUANT_BLOCK..end])
+        })
+    }
+
+    fn fill(
+        outputs: usize,
+        inputs: usize,
+        kind: QuantKind,
+        block: impl Fn(usize, usize) -> Block + Sync,
+    ) -> Self {
+        let blocks = inputs.div_ceil(QUANT_BLOCK);
+        let mut records = Records::zeroed(outputs.div_ceil(PANEL) * blocks * kind.record());
+        records
+            .as_mut_slice()
+            .par_chunks_mut(kind.record())
+            .enumerate()
+            .for_each(|(index, record)| {
+                let (panel, at) = (index / blocks, index % blocks);
+                for column in 0..PANEL {
+                    let row = panel * PANEL + column;
+                    let block = if row < outputs {
+                        block(row, at)
+                    } else {
+                        Block::ZERO
+                    };
+                    put(kind, record, column, &block);
+                }
+            });
+        Self {
+            outputs,
+            inputs,
+            kind,
+            records,
+        }
+    }
+
+    pub(super) fn kind(&self) -> QuantKind {
+        self.kind
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.records.bytes
+    }
+
+    /// Row `row` of the matrix, dequantised.
+    pub(super) fn row(&self, row: usize, out: &mut [f32]) {
+        let blocks = self.inputs.div_ceil(QUANT_BLOCK);
+        let panel = row / PANEL * blocks * self.kind.record();
+        let records = self.records.as_slice()[panel..].chunks_exact(self.kind.record());
+        for (out, record) in out.chunks_mut(QUANT_BLOCK).zip(records) {
+            let (scale, minimum) = scales(self.kind, record, row % PANEL);
+            for (k, value) in out.iter_mut().enumerate() {
+                let quant = quant(self.kind, record, row % PANEL, k) as f32;
+                *value = match self.kind {
+                    QuantKind::Q4_1 => scale * quant + minimum,
+                    QuantKind::Q8_0 => scale * quant,
+                };
+            }
+        }
+    }
+
+    /// `x`: `[rows, inputs]` -> `y`: `[rows, outputs]`.
+    pub(super) fn product(&self, x: &[f32], y: &mut [f32]) {
+        let rows = x.len() / self.inputs;
+        assert_eq!(x.len(), rows * self.inputs, "x is [rows, inputs]");
+        assert_eq!(y.len(), rows * self.outputs, "y is [rows, outputs]");
+        let x = RoundedRows::new(x, rows, self.inputs, self.kind);
+        let blocks = self.inputs.div_ceil(QUANT_BLOCK);
+        let panel_bytes = blocks * self.kind.record();
+        let panels = self.outputs.div_ceil(PANEL);
+        let out = SharedOut(y.as_mut_ptr());
+        let fill_panel = |index: usize| {
+            let panel = &self.records.as_slice()[index * panel_bytes..(index + 1) * panel_bytes];
+            let width = PANEL.min(self.outputs - index * PANEL);
+            let out = &out;
+            panel_rows(self.kind, panel, &x, |row, values: &[f32; PANEL]| {
+                // SAFETY: row < rows and the panel's columns are inside `outputs`; panels and rows
+                // are visited once each, so no two slices overlap.
+                #[allow(unsafe_code)]
+                let target = unsafe {
+                    std::slice::from_raw_parts_mut(
+                        out.0.add(row * self.outputs + index * PANEL),
+                        width,
+                    )
+                };
+                target.copy_from_slice(&values[..width]);
+            });
+        };
+        if rows * self.inputs * self.outputs < PARALLEL_WORK {
+            (0..panels).for_each(fill_panel);
+        } else {
+            // Enough pieces to balance, few enough to hand out cheaply.
+            let pieces = (current_threads() * 8).min(panels).max(1);
+            parallel(pieces, |piece| {
+                (piece * panels / pieces..(piece + 1) * panels / pieces).for_each(fill_panel);
+            });
+        }
+    }
+}
+
+fn put(kind: QuantKind, record: &mut [u8], column: usize, block: &Block) {
+    let (half, lane) = (column / LANES, column % LANES);
+    for (k, quant) in block.quants.iter().enumerate() {
+        let (group, depth) = (k / DEPTH, k % DEPTH);
+        match kind {
+            QuantKind::Q4_1 => {
+                let at = group * LANES * DEPTH + lane * DEPTH + depth;
+                record[at] |= (*quant as u8) << (4 * half);
+            }
+            QuantKind::Q8_0 => {
+                let at = (group * 2 + half) * LANES * DEPTH + lane * DEPTH + depth;
+                record[at] = (*quant + 128) as u8;
+            }
+        }
+    }
+    let mut scale = |place: usize, value: f16| {
+        let at = kind.quants() + place * SCALES + column * 2;
+        record[at..at + 2].copy_from_slice(&value.to_le_bytes());
+    };
+    scale(0, block.scale);
+    if kind == QuantKind::Q4_1 {
+        scale(1, block.minimum);
+    }
+}
+
+fn quant(kind: QuantKind, record: &[u8], column: usize, k: usize) -> i32 {
+    let (half, lane) = (column / LANES, column % LANES);
+    let (group, depth) = (k / DEPTH, k % DEPTH);
+    match kind {
+        QuantKind::Q4_1 => {
+            let at = group * LANES * DEPTH + lane * DEPTH + depth;
+            i32::from(record[at] >> (4 * half) & 15)
+        }
+        QuantKind::Q8_0 => {
+            let at = (group * 2 + half) * LANES * DEPTH + lane * DEPTH + depth;
+            i32::from(record[at]) - 128
+        }
+    }
+}
+
+fn scales(kind: QuantKind, record: &[u8], column: usize) -> (f32, f32) {
+    let read = |place: usize| {
+        let at = kind.quants() + place * SCALES + column * 2;
+        f16::from_le_bytes([record[at], record[at + 1]]).to_f32()
+    };
+    match kind {
+        QuantKind::Q4_1 => (read(0), read(1)),
+        QuantKind::Q8_0 => (read(0), 0.0),
+    }
+}
+
+/// Inputs rounded to 8 bits per block of 32.
+struct RoundedRows {
+    rows: usize,
+    blocks: usize,
+    /// `[rows, blocks * 32]`
+    quants: Vec<i8>,
+    /// `[rows, blocks]`
+    scales: Vec<f32>,
+    /// `[rows, blocks]`: scale times the sum of the quants.
+    sums: Vec<f32>,
+    /// `[rows, blocks]`: minus 128 times the sum of the quants, where weights are stored with 128
+    /// added.
+    offsets: Vec<i32>,
+}
+
+impl RoundedRows {
+    fn new(x: &[f32], rows: usize, inputs: usize, kind: QuantKind) -> Self {
+        let blocks = inputs.div_ceil(QUANT_BLOCK);
+        let mut rounded = Self {
+            rows,
+            blocks,
+            quants: vec![0; rows * blocks * QUANT_BLOCK],
+            scales: vec![0.0; rows * blocks],
+            sums: vec![0.0; rows * blocks],
+            offsets: vec![0; rows * blocks],
+        };
+        let offset = match kind {
+            QuantKind::Q4_1 => 0,
+            QuantKind::Q8_0 => -128,
+        };
+        let quants = SharedBytes(rounded.quants.as_mut_ptr());
+        let [scales, sums] =
+            [&mut rounded.scales, &mut rounded.sums].map(|v| SharedOut(v.as_mut_ptr()));
+        let offsets = SharedSums(rounded.offsets.as_mut_ptr());
+        let round_row = |row: usize| {
+            let (quants, scales, sums, offsets) = (&quants, &scales, &sums, &offsets);
+            let x = &x[row * inputs..(row + 1) * inputs];
+            // SAFETY: a row's own blocks, and each row is visited once.
+            #[allow(unsafe_code)]
+            let (quants, scales, sums, offsets) = unsafe {
+                (
+                    std::slice::from_raw_parts_mut(
+                        quants.0.add(row * blocks * QUANT_BLOCK),
+                        blocks * QUANT_BLOCK,
+                    ),
+                    std::slice::from_raw_parts_mut(scales.0.add(row * blocks), blocks),
+                    std::slice::from_raw_parts_mut(sums.0.add(row * blocks), blocks),
+                    std::slice::from_raw_parts_mut(offsets.0.add(row * blocks), blocks),
+                )
+            };
+            round_row(x, offset, quants, scales, sums, offsets);
+        };
+        if x.len() < PARALLEL_ROUNDING {
+            (0..rows).for_each(round_row);
+        } else {
+            let pieces = (current_threads() * 4).min(rows);
+            parallel(pieces, |piece| {
+                (piece * rows / pieces..(piece + 1) * rows / pieces).for_each(round_row);
+            });
+        }
+        rounded
+    }
+}
+
+/// One row, block by block. A block that holds no finite number makes everything not a number.
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512vl+avx512bw+avx512dq",
+    "x86_64+avx2+fma",
+    "aarch64+neon"
+))]
+fn round_row(
+    x: &[f32],
+    offset: i32,
+    quants: &mut [i8],
+    scales: &mut [f32],
+    sums: &mut [f32],
+    offsets: &mut [i32],
+) {
+    for (block, quants) in quants.chunks_exact_mut(QUANT_BLOCK).enumerate() {
+        let source = &x[block * QUANT_BLOCK..x.len().min((block + 1) * QUANT_BLOCK)];
+        let mut values = [0f32; QUANT_BLOCK];
+        values[..source.len()].copy_from_slice(source);
+        // Without their signs, the bits of numbers are in the numbers' order.
+        let sizes = values.map(|value| value.to_bits() & 0x7fff_ffff);
+        let most = f32::from_bits(sizes.iter().fold(0, |most, size| most.max(*size)));
+        let inverse = 127.0 / most;
+        // No numbers, or so small that the inverse overflows: a block of zeros.
+        let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+        // Added to this, a small number keeps its nearest whole in the low bits, ties to even.
+        const ROUND: f32 = 12_582_912.0;
+        let rounded = values.map(|value| {
+            (value.mul_add(inverse, ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32)
+        });
+        let total = rounded
+            .iter()
+            .fold(0i32, |sum, value| sum.wrapping_add(*value));
+        for (quant, value) in quants.iter_mut().zip(rounded) {
+            *quant = value as i8;
+        }
+        let scale = if most.is_finite() {
+            most / 127.0
+        } else {
+            f32::NAN
+        };
+        scales[block] = scale;
+        sums[block] = scale * total as f32;
+        offsets[block] = offset.wrapping_mul(total);
+    }
+}
+
+/// As `SharedOut`, for other numbers.
+struct SharedBytes(*mut i8);
+struct SharedSums(*mut i32);
+
+// SAFETY: the pointers are only used to form slices that do not overlap between threads.
+#[allow(unsafe_code)]
+unsafe impl Sync for SharedBytes {}
+#[allow(unsafe_code)]
+unsafe impl Sync for SharedSums {}
+
+/// All rows of `x` against one panel. How many rows share a load changes no bit.
+fn panel_rows(
+    kind: QuantKind,
+    panel: &[u8],
+    x: &RoundedRows,
+    mut store: impl FnMut(usize, &[f32; PANEL]),
+) {
+    let mut row = 0;
+    while row < x.rows {
+        let step = match x.rows - row {
+            1 => 1,
+            2 | 3 => 2,
+            4 | 5 => 4,
+            _ => 6,
+        };
+        match step {
+            1 => emit(row, &tile::<1>(kind, panel, x, row), &mut store),
+            2 => emit(row, &tile::<2>(kind, panel, x, row), &mut store),
+            4 => emit(row, &tile::<4>(kind, panel, x, row), &mut store),
+            _ => emit(row, &tile::<6>(kind, panel, x, row), &mut store),
+        }
+        row += step;
+    }
+}
+
+fn emit<const R: usize>(
+    first: usize,
+    values: &[[f32; PANEL]; R],
+    store: &mut impl FnMut(usize, &[f32; PANEL]),
+) {
+    for (offset, values) in values.iter().enumerate() {
+        store(first + offset, values);
+    }
+}
+
+/// `R` rows from `first` on against one panel.
+fn tile<const R: usize>(
+    kind: QuantKind,
+    panel: &[u8],
+    x: &RoundedRows,
+    first: usize,
+) -> [[f32; PANEL]; R] {
+    #[cfg(target_arch = "x86_64")]
+    if has_vnni() {
+        // SAFETY: the features were just detected.
+        #[allow(unsafe_code)]
+        return unsafe {
+            match kind {
+                QuantKind::Q4_1 => vnni::tile_q4_1::<R>(panel, x, first),
+                QuantKind::Q8_0 => vnni::tile_q8_0::<R>(panel, x, first),
+            }
+        };
+    }
+    std::array::from_fn(|row| row_plain(kind, panel, x, first + row))
+}
+
+/// Whether the machine multiplies bytes four at a time, 64 at once.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn has_vnni() -> bool {
+    std::arch::is_x86_feature_detected!("avx512vnni")
+        && std::arch::is_x86_feature_detected!("avx512bw")
+        && std::arch::is_x86_feature_detected!("avx512vl")
+        && std::arch::is_x86_feature_detected!("avx512f")
+}
+
+/// The definition; the variants for particular machines give the same bits.
+#[multiversion::multiversion(targets("x86_64+avx2+fma", "aarch64+neon"))]
+fn row_plain(kind: QuantKind, panel: &[u8], x: &RoundedRows, row: usize) -> [f32; PANEL] {
+    let mut y = [0f32; PANEL];
+    for (block, record) in panel.chunks_exact(kind.record()).enumerate() {
+        let at = row * x.blocks + block;
+        let quants = &x.quants[at * QUANT_BLOCK..(at + 1) * QUANT_BLOCK];
+        let mut sums = [x.offsets[at]; PANEL];
+        for group in 0..GROUPS {
+            for (column, sum) in sums.iter_mut().enumerate() {
+                let (half, lane) = (column / LANES, column % LANES);
+                for depth in 0..DEPTH {
+                    let p = i32::from(quants[group * DEPTH + depth]);
+                    let q = match kind {
+                        QuantKind::Q4_1 => {
+                            record[group * 64 + lane * DEPTH + depth] >> (4 * half) & 15
+                        }
+                        QuantKind::Q8_0 => record[(group * 2 + half) * 64 + lane * DEPTH + depth],
+                    };
+                    *sum += p * i32::from(q);
+                }
+            }
+        }
+        for (column, (y, sum)) in y.iter_mut().zip(sums).enumerate() {
+            let (scale, minimum) = scales(kind, record, column);
+            *y = (sum as f32 * x.scales[at]).mul_add(scale, *y);
+            if kind == QuantKind::Q4_1 {
+                *y = x.sums[at].mul_add(minimum, *y);
+            }
+        }
+    }
+    y
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod vnni {
+    use std::arch::x86_64::*;
+
+    use super::{GROUPS, PANEL, QUANT_BLOCK, QuantKind, RoundedRows, SCALES};
+
+    /// Where the rows' blocks are, once checked to be there.
+    struct Rows<const R: usize> {
+        quants: [*const i8; R],
+        scales: [*const f32; R],
+        sums: [*const f32; R],
+        offsets: [*const i32; R],
+    }
+
+    impl<const R: usize> Rows<R> {
+        fn of(x: &RoundedRows, first: usize, blocks: usize) -> Self {
+            assert!(
+                first + R <= x.rows && blocks == x.blocks,
+                "rows are inside x"
+            );
+            let at = |row: usize| (first + row) * x.blocks;
+            Self {
+                quants: std::array::from_fn(|row| x.quants[at(row) * QUANT_BLOCK..].as_ptr()),
+                scales: std::array::from_fn(|row| x.scales[at(row)..].as_ptr()),
+                sums: std::array::from_fn(|row| x.sums[at(row)..].as_ptr()),
+                offsets: std::array::from_fn(|row| x.offsets[at(row)..].as_ptr()),
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")]
+    unsafe fn halves(scales: *const u8) -> [__m512; 2] {
+        unsafe {
+            [
+                _mm512_cvtph_ps(_mm256_loadu_si256(scales.cast())),
+                _mm512_cvtph_ps(_mm256_loadu_si256(scales.add(32).cast())),
+            ]
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")]
+    unsafe fn store<const R: usize>(sums: [[__m512; 2]; R]) -> [[f32; PANEL]; R] {
+        let mut out = [[0f32; PANEL]; R];
+        for (out, sums) in out.iter_mut().zip(sums) {
+            unsafe {
+                _mm512_storeu_ps(out.as_mut_ptr(), sums[0]);
+                _mm512_storeu_ps(out.as_mut_ptr().add(16), sums[1]);
+            }
+        }
+        out
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")]
+    pub(super) unsafe fn tile_q4_1<const R: usize>(
+        panel: &[u8],
+        x: &RoundedRows,
+        first: usize,
+    ) -> [[f32; PANEL]; R] {
+        const KIND: QuantKind = QuantKind::Q4_1;
+        let blocks = panel.len() / KIND.record();
+        let rows = Rows::<R>::of(x, first, blocks);
+        let low = _mm512_set1_epi8(15);
+        let mut y = [[_mm512_setzero_ps(); 2]; R];
+        for block in 0..blocks {
+            // SAFETY: `block` is inside the panel and inside each row.
+            unsafe {
+                let record = panel.as_ptr().add(block * KIND.record());
+                let mut sums = [[_mm512_setzero_si512(); 2]; R];
+                for group in 0..GROUPS {
+                    let both = _mm512_loadu_si512(record.add(group * 64).cast());
+                    let a = _mm512_and_si512(both, low);
+                    let b = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low);
+                    for row in 0..R {
+                        let at = rows.quants[row].add(block * QUANT_BLOCK + group * 4);
+                        let p = _mm512_set1_epi32(at.cast::<i32>().read_unaligned());
+                        sums[row][0] = _mm512_dpbusd_epi32(sums[row][0], a, p);
+                        sums[row][1] = _mm512_dpbusd_epi32(sums[row][1], b, p);
+                    }
+                }
+                let scales = halves(record.add(KIND.quants()));
+                let minima = halves(record.add(KIND.quants() + SCALES));
+                for (row, sums) in sums.iter().enumerate() {
+                    let scale = _mm512_set1_ps(*rows.scales[row].add(block));
+                    let sum = _mm512_set1_ps(*rows.sums[row].add(block));
+                    for half in 0..2 {
+                        let t = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[half]), scale);
+                        y[row][half] = _mm512_fmadd_ps(t, scales[half], y[row][half]);
+                        y[row][half] = _mm512_fmadd_ps(sum, minima[half], y[row][half]);
+                    }
+                }
+            }
+        }
+        // SAFETY: the features are those of this function.
+        unsafe { store(y) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")]
+    pub(super) unsafe fn tile_q8_0<const R: usize>(
+        panel: &[u8],
+        x: &RoundedRows,
+        first: usize,
+    ) -> [[f32; PANEL]; R] {
+        const KIND: QuantKind = QuantKind::Q8_0;
+        let blocks = panel.len() / KIND.record();
+        let rows = Rows::<R>::of(x, first, blocks);
+        let mut y = [[_mm512_setzero_ps(); 2]; R];
+        for block in 0..blocks {
+            // SAFETY: `block` is inside the panel and inside each row.
+            unsafe {
+                let record = panel.as_ptr().add(block * KIND.record());
+                let mut sums: [[__m512i; 2]; R] = std::array::from_fn(|row| {
+                    [_mm512_set1_epi32(*rows.offsets[row].add(block)); 2]
+                });
+                for group in 0..GROUPS {
+                    let a = _mm512_loadu_si512(record.add(group * 128).cast());
+                    let b = _mm512_loadu_si512(record.add(group * 128 + 64).cast());
+                    for row in 0..R {
+                        let at = rows.quants[row].add(block * QUANT_BLOCK + group * 4);
+                        let p = _mm512_set1_epi32(at.cast::<i32>().read_unaligned());
+                        sums[row][0] = _mm512_dpbusd_epi32(sums[row][0], a, p);
+                        sums[row][1] = _mm512_dpbusd_epi32(sums[row][1], b, p);
+                    }
+                }
+                let scales = halves(record.add(KIND.quants()));
+                for (row, sums) in sums.iter().enumerate() {
+                    let scale = _mm512_set1_ps(*rows.scales[row].add(block));
+                    for half in 0..2 {
+                        let t = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[half]), scale);
+                        y[row][half] = _mm512_fmadd_ps(t, scales[half], y[row][half]);
+                    }
+                }
+            }
+        }
+        // SAFETY: the features are those of this function.
+        unsafe { store(y) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const KINDS: [QuantKind; 2] = [QuantKind::Q4_1, QuantKind::Q8_0];
+
+    /// Any bytes are a matrix, but for their scales.
+    fn blocks(kind: QuantKind, count: usize, seed: u32) -> Vec<u8> {
+        let mut state = seed.wrapping_mul(2_654_435_761) | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 17;
+            state ^= state << 5;
+            state
+        };
+        let mut bytes = Vec::new();
+        for _ in 0..count {
+            let scale = f16::from_f32((next() % 1000) as f32 / 1e5 + 1e-3);
+            bytes.extend(scale.to_le_bytes());
+            if kind == QuantKind::Q4_1 {
+                let minimum = f16::from_f32((next() % 1000) as f32 / -1e4);
+                bytes.extend(minimum.to_le_bytes());
+            }
+            while !bytes.len().is_multiple_of(kind.block_bytes()) {
+                bytes.push((next() >> 8) as u8);
+            }
+        }
+        bytes
+    }
+
+    fn numbers(count: usize, seed: u32) -> Vec<f32> {
+        let number = |i: usize| {
+            ((i as u32).wrapping_mul(2_654_435_761) ^ seed.wrapping_mul(40_503)) % 20_011
+        };
+        (0..count)
+            .map(|i| number(i) as f32 / 10_005.0 - 1.0)
+            .collect()
+    }
+
+    fn product(matrix: &QuantMatrix, x: &[f32]) -> Vec<f32> {
+        let mut y = vec![0.0; x.len() / matrix.inputs * matrix.outputs];
+        matrix.product(x, &mut y);
+        y
+    }
+
+    /// By the formula at the top, from the blocks as they are stored.
+    fn by_hand(kind: QuantKind, row: &[u8], x: &[f32]) -> f32 {
+        let mut y = 0f32;
+        for (block, x) in row
+            .chunks_exact(kind.block_bytes())
+            .zip(x.chunks(QUANT_BLOCK))
+        {
+            let block = Block::read(kind, block);
+            let most = x.iter().fold(0f32, |most, x| most.max(x.abs()));
+            let p = x
+                .iter()
+                .map(|x| f64::from(*x) * f64::from(127.0 / most))
+                .map(|x| x.round_ties_even() as i32);
+            let p: Vec<i32> = p.collect();
+            let dot: i32 = p
+                .iter()
+                .zip(block.quants)
+                .map(|(p, q)| p * i32::from(q))
+                .sum();
+            let scale = most / 127.0;
+            y = (dot as f32 * scale).mul_add(block.scale.to_f32(), y);
+            if kind == QuantKind::Q4_1 {
+                let sum = scale * p.iter().sum::<i32>() as f32;
+                y = sum.mul_add(block.minimum.to_f32(), y);
+            }
+        }
+        y
+    }
+
+    proptest! {
+        #[test]
+        fn every_output_is_one_chain_over_exact_sums_of_blocks(
+            rows in 1usize..15, outputs in 1usize..100, blocks_per_row in 1usize..5, seed in 0u32..500
+        ) {
+            for kind in KINDS {
+                let inputs = blocks_per_row * QUANT_BLOCK;
+                let stored = blocks(kind, outputs * blocks_per_row, seed);
+                let x = numbers(rows * inputs, seed);
+                let y = product(&QuantMatrix::pack(&stored, outputs, inputs, kind), &x);
+                let row_bytes = blocks_per_row * kind.block_bytes();
+                for (y, x) in y.chunks_exact(outputs).zip(x.chunks_exact(inputs)) {
+                    for (y, row) in y.iter().zip(stored.chunks_exact(row_bytes)) {
+                        prop_assert_eq!(y.to_bits(), by_hand(kind, row, x).to_bits());
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn the_plain_definition_gives_the_bits_of_this_machine(rows in 1usize..8, seed in 0u32..500) {
+            for kind in KINDS {
+                let (outputs, per_row) = (PANEL, 3);
+                let matrix = QuantMatrix::pack(
+                    &blocks(kind, outputs * per_row, seed), outputs, per_row * QUANT_BLOCK, kind
+                );
+                let x = numbers(rows * per_row * QUANT_BLOCK, seed);
+                let rounded = RoundedRows::new(&x, rows, per_row * QUANT_BLOCK, kind);
+                let y = product(&matrix, &x);
+                for (row, y) in y.chunks_exact(outputs).enumerate() {
+                    let plain = row_plain(kind, matrix.records.as_slice(), &rounded, row);
+                    prop_assert_eq!(y, &plain[..]);
+                }
+            }
+        }
+
+        #[test]
+        fn a_row_does_not_depend_on_the_rows_beside_it_or_on_threads(rows in 1usize..40, seed in 0u32..100) {
+            let pool = super::super::ComputePool::new(3).expect("threads");
+            for kind in KINDS {
+                let (outputs, inputs) = (192, 96);
+                let matrix = QuantMatrix::pack(&blocks(kind, outputs * 3, seed), outputs, inputs, kind);
+                let x = numbers(rows * inputs, seed);
+                let together = pool.install(|| product(&matrix, &x));
+                for (row, x) in x.chunks_exact(inputs).enumerate() {
+                    let alone = product(&matrix, x);
+                    prop_assert_eq!(&together[row * outputs..][..outputs], &alone[..]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_of_the_matrix_comes_back_as_it_was_stored() {
+        for kind in KINDS {
+            let stored = blocks(kind, 70 * 2, 5);
+            let matrix = QuantMatrix::pack(&stored, 70, 64, kind);
+            let mut row = [0f32; 64];
+            matrix.row(66, &mut row);
+            let bytes = &stored[66 * 2 * kind.block_bytes()..][..2 * kind.block_bytes()];
+            for (values, block) in row
+                .chunks(QUANT_BLOCK)
+                .zip(bytes.chunks(kind.block_bytes()))
+            {
+                let block = Block::read(kind, block);
+                for (value, quant) in values.iter().zip(block.quants) {
+                    let expected = block.scale.to_f32() * f32::from(quant);
+                    assert_eq!(*value, expected + block.minimum.to_f32());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rounded_weights_and_inputs_are_near_the_exact_product() {
+        let (outputs, inputs) = (40, 50);
+        let (w, x) = (numbers(outputs * inputs, 1), numbers(inputs, 2));
+        let y = product(&QuantMatrix::round(&w, outputs, inputs), &x);
+        let scale = (inputs as f32).sqrt();
+        for (y, w) in y.iter().zip(w.chunks_exact(inputs)) {
+            let exact: f32 = w.iter().zip(&x).map(|(w, x)| w * x).sum();
+            assert!((y - exact).abs() < 0.01 * scale, "{y} for {exact}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so_and_spoils_no_other_row() {
+        let matrix = QuantMatrix::round(&numbers(40 * 64, 1), 40, 64);
+        let mut x = numbers(3 * 64, 2);
+        let clean = product(&matrix, &x);
+        x[64 + 5] = f32::INFINITY;
+        x[64 + 40] = f32::NAN;
+        let y = product(&matrix, &x);
+        assert!(y[40..80].iter().all(|y| y.is_nan()));
+        assert_eq!(y[..40], clean[..40]);
+        assert_eq!(y[80..], clean[80..]);
+    }
+
+    #[test]
+    fn zeros_and_numbers_too_small_to_scale_give_zero() {
+        let matrix = QuantMatrix::round(&numbers(32 * 32, 1), 32, 32);
+        assert_eq!(product(&matrix, &[0.0; 32]), [0.0; 32]);
+        assert_eq!(product(&matrix, &[1e-44; 32]), [0.0; 32]);
+    }
+}
