@@ -647,11 +647,11 @@ mod vnni {
                     let both = _mm512_loadu_si512(record.add(group * 64).cast());
                     let a = _mm512_and_si512(both, low);
                     let b = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low);
-                    for row in 0..R {
+                    for (row, sums) in sums.iter_mut().enumerate() {
                         let at = rows.quants[row].add(block * QUANT_BLOCK + group * 4);
                         let p = _mm512_set1_epi32(at.cast::<i32>().read_unaligned());
-                        sums[row][0] = _mm512_dpbusd_epi32(sums[row][0], a, p);
-                        sums[row][1] = _mm512_dpbusd_epi32(sums[row][1], b, p);
+                        sums[0] = _mm512_dpbusd_epi32(sums[0], a, p);
+                        sums[1] = _mm512_dpbusd_epi32(sums[1], b, p);
                     }
                 }
                 let scales = halves(record.add(KIND.quants()));
@@ -691,11 +691,11 @@ mod vnni {
                 for group in 0..GROUPS {
                     let a = _mm512_loadu_si512(record.add(group * 128).cast());
                     let b = _mm512_loadu_si512(record.add(group * 128 + 64).cast());
-                    for row in 0..R {
+                    for (row, sums) in sums.iter_mut().enumerate() {
                         let at = rows.quants[row].add(block * QUANT_BLOCK + group * 4);
                         let p = _mm512_set1_epi32(at.cast::<i32>().read_unaligned());
-                        sums[row][0] = _mm512_dpbusd_epi32(sums[row][0], a, p);
-                        sums[row][1] = _mm512_dpbusd_epi32(sums[row][1], b, p);
+                        sums[0] = _mm512_dpbusd_epi32(sums[0], a, p);
+                        sums[1] = _mm512_dpbusd_epi32(sums[1], b, p);
                     }
                 }
                 let scales = halves(record.add(KIND.quants()));
