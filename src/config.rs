@@ -112,7 +112,7 @@ pub struct Flags {
     #[arg(long, value_name = "FOLDER")]
     pub library: Option<String>,
 
-    /// How to hold the weights: `auto` (as in the file where that is exact), `f32` or `bf16` [default: auto]
+    /// How to hold the weights: `auto` (as in the file where that is exact), `f32`, `bf16`, `q8_0` or `as-is` [default: auto]
     #[arg(long, value_name = "FORMAT")]
     pub weights: Option<String>,
 

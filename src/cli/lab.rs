@@ -1,4 +1,5 @@
-//! `inwit lab`: fits the artefacts that act, refusal heads and steering vectors.
+//! `inwit lab`: fits the artefacts that act, refusal heads and steering vectors, and measures what
+//! a number format costs.
 
 use std::path::{Path, PathBuf};
 
@@ -6,21 +7,32 @@ use clap::Subcommand;
 use inwit_probes::Site;
 
 use super::Exit;
-use super::open::{ModelArgs, ticking};
+use super::open::{ModelArgs, kv_type, ticking, weight_format};
 use super::paths;
 use super::probe::command_line;
 use super::progress::Progress;
 use super::terminal::note;
-use crate::error::Result;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::files::read_text;
+use crate::lab::bench::Tick;
 use crate::lab::fit::unfit;
 use crate::lab::make_head::{self, HeadData};
+use crate::lab::output::WholeFile;
+use crate::lab::quality::{self, Quality, Subject};
 use crate::lab::refusal_head::Options;
 use crate::lab::vector;
+use crate::model::kernels::{ComputePool, KvType, WeightFormat};
+use crate::model::{Decoder, Placement, Source, SpecialText};
+
+const MOST_TEXT: u64 = 4 << 20;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Fit a low-rank refusal head on refusals written after harmful prompts
     RefusalHead(Box<HeadArgs>),
+    /// Measure what a weight format and a KV type cost in quality, against f32
+    Quality(Box<QualityArgs>),
     /// Write the difference of the mean states of harmful and benign prompts as a steering vector
     Vector(Box<VectorArgs>),
 }
@@ -79,11 +91,81 @@ pub(super) struct VectorArgs {
     model: ModelArgs,
 }
 
+#[derive(Debug, clap::Args)]
+pub(super) struct QualityArgs {
+    /// A text of some 10,000 tokens
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// Where to write the figures as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
 pub(super) async fn run(command: Command) -> Result<Exit> {
     match command {
+        Command::Quality(args) => measure_quality(*args).await,
         Command::RefusalHead(args) => refusal_head(*args).await,
         Command::Vector(args) => steering_vector(*args).await,
     }
+}
+
+async fn measure_quality(args: QualityArgs) -> Result<Exit> {
+    let text = read_text(&args.text, MOST_TEXT, "a text to measure on")?;
+    let mut file = args.json.as_deref().map(WholeFile::create).transpose()?;
+    let config = args.model.load(Some("off"), Some("off"))?;
+    let work = move || {
+        let mut progress = Progress::new("tokens");
+        let mut tick = ticking(&mut progress);
+        compare_formats(&config, &text, &mut tick)
+    };
+    let quality = tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| Error::internal("the comparison ended early: a panic"))??;
+    if let Some(file) = &mut file {
+        file.row(&quality)?;
+    }
+    file.map(WholeFile::finish).transpose()?;
+    note(&format!(
+        "{} tokens, weights {}, kv {}: perplexity {:.4} for {:.4} ({:+.2} %), KL {:.5} nats, \
+         the same token first {:.2} %, least cosine of a layer {:.6}; {} the bounds",
+        quality.tokens,
+        quality.weights,
+        quality.kv,
+        quality.perplexity,
+        quality.reference_perplexity,
+        100.0 * (quality.perplexity / quality.reference_perplexity - 1.0),
+        quality.mean_kl,
+        100.0 * quality.top1_agreement,
+        quality.least_cosine,
+        if quality.within_bounds() {
+            "within"
+        } else {
+            "outside"
+        },
+    ));
+    Ok(Exit::Done)
+}
+
+fn compare_formats(config: &Config, text: &str, tick: Tick<'_>) -> Result<Quality> {
+    let open = || Source::open(&super::pull::fetch(&config.model)?);
+    let source = open()?;
+    let tokens = source.tokenizer.encode(text, SpecialText::AsText)?;
+    let exact = Decoder::load(&source, &Placement::cpu(WeightFormat::F32))?;
+    let weights = weight_format(config.weights, source.matrices());
+    let other = Decoder::load(&open()?, &Placement::cpu(weights))?;
+    let reference = Subject {
+        decoder: &exact,
+        kv: KvType::F32,
+    };
+    let subject = Subject {
+        decoder: &other,
+        kv: kv_type(config.kv),
+    };
+    let pool = ComputePool::new(config.threads.unwrap_or(0))
+        .map_err(|error| Error::Config(format!("--threads: {error}")))?;
+    pool.install(|| quality::compare(&reference, &subject, &tokens, tick))
 }
 
 async fn refusal_head(args: HeadArgs) -> Result<Exit> {

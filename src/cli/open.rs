@@ -37,7 +37,7 @@ pub(super) struct ModelArgs {
     /// Folder with probes, vectors, refusal heads and policies, or `shipped` [default: shipped]
     #[arg(long, value_name = "FOLDER")]
     library: Option<String>,
-    /// How to hold the weights: `auto`, `f32` or `bf16` [default: auto]
+    /// How to hold the weights: `auto`, `f32`, `bf16`, `q8_0` or `as-is` [default: auto]
     #[arg(long, value_name = "FORMAT")]
     weights: Option<String>,
     /// How to hold keys and values: `f32` or `bf16` [default: f32]
@@ -164,10 +164,7 @@ pub async fn open(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<Opened
 fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine, EngineThread)> {
     let source = Source::open(&super::pull::fetch(&config.model)?)?;
     let weights = weight_format(config.weights, source.matrices());
-    let kv_type = match config.kv {
-        config::KvType::F32 => KvType::F32,
-        config::KvType::Bf16 => KvType::Bf16,
-    };
+    let kv_type = kv_type(config.kv);
     let needs = Needs::of(
         &source.config,
         config,
@@ -193,14 +190,27 @@ fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine,
     Engine::start(Model::load(&source, &placement)?, options, sink)
 }
 
-/// `auto` keeps what the file holds: bf16 where every matrix is, f32 otherwise.
-fn weight_format(wanted: Weights, mut matrices: impl Iterator<Item = StoredType>) -> WeightFormat {
+pub(super) fn kv_type(wanted: config::KvType) -> KvType {
+    match wanted {
+        config::KvType::F32 => KvType::F32,
+        config::KvType::Bf16 => KvType::Bf16,
+    }
+}
+
+/// `auto` keeps the weights of the file exactly: bf16 where every matrix is, the blocks of 4 or 8
+/// bits that a kernel takes, f32 otherwise.
+pub(super) fn weight_format(
+    wanted: Weights,
+    matrices: impl Iterator<Item = StoredType>,
+) -> WeightFormat {
+    let matrices: Vec<StoredType> = matrices.collect();
     match wanted {
         Weights::F32 => WeightFormat::F32,
         Weights::Bf16 => WeightFormat::Bf16,
         Weights::Q8_0 => WeightFormat::Q8_0,
         Weights::AsIs => WeightFormat::AsIs,
-        Weights::Auto if matrices.all(|stored| stored == StoredType::Bf16) => WeightFormat::Bf16,
+        Weights::Auto if matrices.iter().all(|m| *m == StoredType::Bf16) => WeightFormat::Bf16,
+        Weights::Auto if matrices.iter().any(|m| m.has_kernel()) => WeightFormat::AsIs,
         Weights::Auto => WeightFormat::F32,
     }
 }
@@ -473,10 +483,12 @@ mod tests {
 
     #[test]
     fn weights_are_held_in_half_only_where_that_loses_nothing() {
-        use StoredType::{Bf16, F32};
+        use StoredType::{Bf16, F32, Q6K, Q8_0};
         let auto = |stored: &[StoredType]| weight_format(Weights::Auto, stored.iter().copied());
         assert_eq!(auto(&[Bf16, Bf16]), WeightFormat::Bf16);
         assert_eq!(auto(&[Bf16, F32, Bf16]), WeightFormat::F32);
+        assert_eq!(auto(&[Q6K, F32]), WeightFormat::F32);
+        assert_eq!(auto(&[Q8_0, Q6K]), WeightFormat::AsIs);
         let asked = weight_format(Weights::Bf16, [F32].into_iter());
         assert_eq!(asked, WeightFormat::Bf16);
     }

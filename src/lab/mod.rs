@@ -9,6 +9,7 @@ pub mod examples;
 pub mod fit;
 pub mod make_head;
 pub mod output;
+pub mod quality;
 pub mod refusal_head;
 pub mod rows;
 pub mod score;

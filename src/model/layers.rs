@@ -4,7 +4,7 @@
 use candle_core::{D, Device, Tensor};
 
 use super::host;
-use super::kernels::{self, PackedMatrix, WeightFormat};
+use super::kernels::{self, PackedMatrix, Rounding, WeightFormat};
 use crate::error::Result;
 
 /// `y = x W^T`. On a CPU the weight is packed for our kernel, elsewhere it is a tensor.
@@ -58,6 +58,14 @@ impl Linear {
             }
         }
         Ok(())
+    }
+
+    /// The same with its inputs rounded so, where it rounds them.
+    pub fn with_inputs_rounded(self, rounding: Rounding) -> Self {
+        match self {
+            Self::Packed(weight) => Self::Packed(weight.with_inputs_rounded(rounding)),
+            Self::Dense(_) => self,
+        }
     }
 
     /// How its weights are held.

@@ -325,16 +325,11 @@ fn check_near(decoder: &Decoder, reference: &Reference, least: f64, model: &str)
 fn weights_of_few_bits_are_those_of_the_file_and_stay_near_its_reference() {
     let path = default_model();
     let reference = Reference::open("smollm2/reference.safetensors");
-    // The first may be chosen automatically; the second rounds a second time what has 4 bits.
-    for (weights, held_as, least) in [
-        (WeightFormat::AsIs, "q4_1+q8_0", 0.999),
-        (WeightFormat::Q8_0, "q8_0", 0.998),
-    ] {
-        let source = Source::open(&path).unwrap();
-        let decoder = Decoder::load(&source, &Placement::cpu(weights)).unwrap();
-        assert_eq!(decoder.weights_held_as(), held_as);
-        check_near(&decoder, &reference, least, held_as);
-    }
+    let source = Source::open(&path).unwrap();
+    let decoder = Decoder::load(&source, &Placement::cpu(WeightFormat::AsIs)).unwrap();
+    assert_eq!(decoder.weights_held_as(), "q4_1+q8_0");
+    // Every row at every layer; what may be chosen automatically must keep it on the mean.
+    check_near(&decoder, &reference, 0.999, "as it is held");
 }
 
 #[test]

@@ -9,7 +9,7 @@ mod qwen3;
 use super::attention::Attention;
 use super::config::{Family, ModelConfig};
 use super::decoder::{Block, Decoder};
-use super::kernels::{PackedMatrix, WeightFormat};
+use super::kernels::{PackedMatrix, Rounding, WeightFormat};
 use super::kv::attention_shape;
 use super::layers::{Linear, Mlp, Placement, RmsNorm};
 use super::source::Source;
@@ -134,12 +134,14 @@ impl Loader<'_> {
     fn mlp(&self, layer: usize) -> Result<Mlp> {
         let at = |part: &str| format!("model.layers.{layer}.mlp.{part}");
         let (d_model, d_mlp) = (self.config.d_model, self.config.d_mlp);
+        let down_proj = self.linear(&[(&at("down_proj"), d_model)], d_mlp)?;
         Ok(Mlp {
             gate_up_proj: self.linear(
                 &[(&at("gate_proj"), d_mlp), (&at("up_proj"), d_mlp)],
                 d_model,
             )?,
-            down_proj: self.linear(&[(&at("down_proj"), d_model)], d_mlp)?,
+            // Gated activations have heavy tails: a few would take the bits of all.
+            down_proj: down_proj.with_inputs_rounded(Rounding::Twice),
             activation: self.config.activation,
             d_mlp,
         })

@@ -15,7 +15,7 @@ pub use attention::{AttentionShape, KV_BLOCK, KvLayer, KvType, SpanRows, attend}
 pub use elementwise::{add_assign, axpy, dot, gelu_tanh_mul, l2_norm, rms_norm, rope, silu_mul};
 pub use pool::{ComputePool, current_threads, parallel};
 pub use product::{PackedMatrix, WeightFormat};
-pub use quantised::{QUANT_BLOCK, QuantKind};
+pub use quantised::{QUANT_BLOCK, QuantKind, Rounding};
 
 /// Names the instruction set that the kernels chose on this machine, e.g. `fma-chain/avx512`.
 /// Two decisions with the same identity, weights and machine kind have the same bits.

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::SharedOut;
 use super::pool::{current_threads, parallel};
-use super::quantised::{QuantKind, QuantMatrix};
+use super::quantised::{QuantKind, QuantMatrix, Rounding};
 
 /// Outputs per panel: four AVX-512 registers, eight AVX2 ones.
 const PANEL: usize = 64;
@@ -103,6 +103,14 @@ impl PackedMatrix {
             inputs,
             panels: Panels::Quantised(QuantMatrix::pack(blocks, outputs, inputs, kind)),
         }
+    }
+
+    /// The same, where its weights are of few bits, with its inputs rounded so.
+    pub fn with_inputs_rounded(mut self, rounding: Rounding) -> Self {
+        if let Panels::Quantised(matrix) = self.panels {
+            self.panels = Panels::Quantised(matrix.with_inputs_rounded(rounding));
+        }
+        self
     }
 
     /// How its weights are held.

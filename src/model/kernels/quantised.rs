@@ -27,6 +27,16 @@ const PARALLEL_WORK: usize = 1 << 16;
 /// Below this many numbers they are rounded on one thread.
 const PARALLEL_ROUNDING: usize = 1 << 14;
 
+/// How inputs become bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rounding {
+    /// To 8 bits: within 1/254 of the block's largest number.
+    Once,
+    /// What that leaves over is rounded again and multiplied beside it, which gives 16 bits for
+    /// twice the work: for inputs of which a few are far larger than the rest.
+    Twice,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QuantKind {
     /// `d q + m`, `q` from 0 to 15.
@@ -76,6 +86,7 @@ pub(super) struct QuantMatrix {
     outputs: usize,
     inputs: usize,
     kind: QuantKind,
+    rounding: Rounding,
     records: Records,
 }
 
@@ -234,8 +245,13 @@ impl QuantMatrix {
             outputs,
             inputs,
             kind,
+            rounding: Rounding::Once,
             records,
         }
+    }
+
+    pub(super) fn with_inputs_rounded(self, rounding: Rounding) -> Self {
+        Self { rounding, ..self }
     }
 
     pub(super) fn kind(&self) -> QuantKind {
@@ -268,7 +284,13 @@ impl QuantMatrix {
         let rows = x.len() / self.inputs;
         assert_eq!(x.len(), rows * self.inputs, "x is [rows, inputs]");
         assert_eq!(y.len(), rows * self.outputs, "y is [rows, outputs]");
-        let x = RoundedRows::new(x, rows, self.inputs, self.kind);
+        let (x, parts) = match self.rounding {
+            Rounding::Once => (RoundedRows::new(x, rows, self.inputs, self.kind), 1),
+            Rounding::Twice => {
+                let x = with_remainders(x, rows, self.inputs, self.kind);
+                (RoundedRows::new(&x, 2 * rows, self.inputs, self.kind), 2)
+            }
+        };
         let blocks = self.inputs.div_ceil(QUANT_BLOCK);
         let panel_bytes = blocks * self.kind.record();
         let panels = self.outputs.div_ceil(PANEL);
@@ -277,9 +299,10 @@ impl QuantMatrix {
             let panel = &self.records.as_slice()[index * panel_bytes..(index + 1) * panel_bytes];
             let width = PANEL.min(self.outputs - index * PANEL);
             let out = &out;
-            panel_rows(self.kind, panel, &x, |row, values: &[f32; PANEL]| {
+            panel_rows(self.kind, panel, &x, |part, values: &[f32; PANEL]| {
+                let (row, part) = (part / parts, part % parts);
                 // SAFETY: row < rows and the panel's columns are inside `outputs`; panels and rows
-                // are visited once each, so no two slices overlap.
+                // are visited by one thread each, so no two slices overlap.
                 #[allow(unsafe_code)]
                 let target = unsafe {
                     std::slice::from_raw_parts_mut(
@@ -287,7 +310,13 @@ impl QuantMatrix {
                         width,
                     )
                 };
-                target.copy_from_slice(&values[..width]);
+                match part {
+                    0 => target.copy_from_slice(&values[..width]),
+                    _ => target
+                        .iter_mut()
+                        .zip(values)
+                        .for_each(|(y, value)| *y += value),
+                }
             });
         };
         if rows * self.inputs * self.outputs < PARALLEL_WORK {
@@ -300,6 +329,24 @@ impl QuantMatrix {
             });
         }
     }
+}
+
+/// Each row and, after it, what rounding it to 8 bits leaves over.
+fn with_remainders(x: &[f32], rows: usize, inputs: usize, kind: QuantKind) -> Vec<f32> {
+    let rounded = RoundedRows::new(x, rows, inputs, kind);
+    let per_row = rounded.blocks * QUANT_BLOCK;
+    let mut with = Vec::with_capacity(2 * x.len());
+    for (row, x) in x.chunks_exact(inputs).enumerate() {
+        with.extend_from_slice(x);
+        let quants = &rounded.quants[row * per_row..][..inputs];
+        let scales = &rounded.scales[row * rounded.blocks..];
+        let blocks = x.chunks(QUANT_BLOCK).zip(quants.chunks(QUANT_BLOCK));
+        for ((x, quants), scale) in blocks.zip(scales) {
+            let remainders = x.iter().zip(quants);
+            with.extend(remainders.map(|(x, quant)| (-scale).mul_add(f32::from(*quant), *x)));
+        }
+    }
+    with
 }
 
 fn put(kind: QuantKind, record: &mut [u8], column: usize, block: &Block) {
@@ -871,6 +918,38 @@ mod tests {
         for (y, w) in y.iter().zip(w.chunks_exact(inputs)) {
             let exact: f32 = w.iter().zip(&x).map(|(w, x)| w * x).sum();
             assert!((y - exact).abs() < 0.01 * scale, "{y} for {exact}");
+        }
+    }
+
+    #[test]
+    fn inputs_rounded_twice_are_far_nearer_and_as_independent_of_their_neighbours() {
+        let (outputs, inputs, rows) = (70, 96, 5);
+        let mut x = numbers(rows * inputs, 2);
+        // One number that takes the bits of its block.
+        x.chunks_exact_mut(QUANT_BLOCK)
+            .for_each(|block| block[3] = 40.0);
+        for kind in KINDS {
+            let stored = blocks(kind, outputs * inputs / QUANT_BLOCK, 7);
+            let pack = || QuantMatrix::pack(&stored, outputs, inputs, kind);
+            let twice = pack().with_inputs_rounded(Rounding::Twice);
+            let mut row = vec![0.0; inputs];
+            let mut errors = [0f64; 2];
+            let (once_y, twice_y) = (product(&pack(), &x), product(&twice, &x));
+            for output in 0..outputs {
+                twice.row(output, &mut row);
+                let exact: f64 = row
+                    .iter()
+                    .zip(&x)
+                    .map(|(w, x)| f64::from(*w) * f64::from(*x))
+                    .sum();
+                for (error, y) in errors.iter_mut().zip([&once_y, &twice_y]) {
+                    *error += (f64::from(y[output]) - exact).powi(2);
+                }
+            }
+            assert!(errors[1] < 1e-3 * errors[0], "{kind:?}: {errors:?}");
+            for (alone, together) in x.chunks_exact(inputs).zip(twice_y.chunks_exact(outputs)) {
+                assert_eq!(product(&twice, alone), together);
+            }
         }
     }
 

@@ -117,6 +117,11 @@ impl StoredType {
         }
     }
 
+    /// Whether such weights are multiplied by as they are.
+    pub fn has_kernel(self) -> bool {
+        self.kernel().is_some()
+    }
+
     /// The kernel that multiplies by such blocks as they are.
     pub(crate) fn kernel(self) -> Option<QuantKind> {
         match self {
