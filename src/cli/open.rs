@@ -161,6 +161,12 @@ pub async fn open(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<Opened
 }
 
 fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine, EngineThread)> {
+    let (model, options) = load_model(config)?;
+    Engine::start(model, options, sink)
+}
+
+/// The model in memory, and how an engine would run it.
+pub(super) fn load_model(config: &Config) -> Result<(Model, EngineOptions)> {
     let source = Source::open(&super::pull::fetch(&config.model)?)?;
     let weights = weight_format(config.weights, &source);
     let kv_type = match config.kv {
@@ -190,7 +196,7 @@ fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine,
         context_limit: config.context_limit,
         ..EngineOptions::default()
     };
-    Engine::start(Model::load(&source, &placement)?, options, sink)
+    Ok((Model::load(&source, &placement)?, options))
 }
 
 /// `auto` keeps what the file holds: bf16 where every weight is, f32 otherwise.

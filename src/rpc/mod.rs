@@ -18,6 +18,7 @@ pub mod codec;
 mod convert;
 mod generation;
 pub mod http;
+pub mod load_client;
 mod observe;
 mod probe;
 mod reply;
