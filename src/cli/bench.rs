@@ -412,7 +412,7 @@ fn tables(report: &Report) -> String {
 fn table<const N: usize>(header: [&str; N], left: usize) -> Table {
     let mut table = Table::new();
     table
-        .load_preset(presets::UTF8_FULL_CONDENSED)
+        .load_style(presets::UTF8_FULL_CONDENSED)
         .set_header(header);
     for column in table.column_iter_mut().skip(left) {
         column.set_cell_alignment(CellAlignment::Right);

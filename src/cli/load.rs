@@ -249,7 +249,7 @@ fn tables(report: &LoadReport) -> String {
         .map(|(code, n)| format!("{code} {n}"))
         .collect();
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    table.load_style(presets::UTF8_FULL_CONDENSED);
     table.set_header(["ms", "count", "mean", "p50", "p90", "p99", "p99.9", "max"]);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);

@@ -319,7 +319,7 @@ impl Latencies {
                 &mut latencies.late_start,
                 call.started.saturating_sub(call.intended),
             );
-            for time in call.to_first_token() {
+            if let Some(time) = call.to_first_token() {
                 record(&mut latencies.to_first_token, time);
             }
             for time in call.between() {

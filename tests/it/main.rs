@@ -11,6 +11,7 @@ mod golden;
 mod hold_back;
 mod interventions;
 mod isolation;
+mod measuring;
 mod serving;
 mod stages;
 mod support;
