@@ -82,6 +82,8 @@ enum Part {
     Added,
 }
 
+/// Tokens of context beside a long prompt: what follows it.
+const BESIDE: usize = 64;
 const QUICK_PAIRS: u32 = 8;
 const PAIRS: u32 = 2000;
 
@@ -147,15 +149,30 @@ async fn measure(args: &Args) -> Result<Report> {
     // Memory comes first: a peak remembers everything before it.
     if args.wants(Part::Memory) {
         let config = sized(&base, sizes.memory_streams, sizes.memory_tokens);
-        let bench = Bench::start(config, args.seed).await?;
-        report.settings.loaded = bench.loaded();
+        let bench = Bench::start(config, args.seed, &mut report).await?;
         report.memory = Some(bench.on(sizes).memory().await?);
         bench.stop().await?;
         note("memory: measured");
     }
-    let requests = [Part::Throughput, Part::Prefix, Part::LongPrompt];
-    if requests.iter().any(|part| args.wants(*part)) {
-        requests_parts(args, &base, sizes, &mut report).await?;
+    if args.wants(Part::Throughput) {
+        throughput(args, &base, sizes, &mut report).await?;
+    }
+    if args.wants(Part::Prefix) {
+        let longest = sizes.prefix_tokens + BESIDE;
+        let bench = Bench::start(sized(&base, 1, longest), args.seed, &mut report).await?;
+        if bench.has_room("prefix", longest) {
+            report.prefix = Some(bench.on(sizes).prefix().await?);
+        }
+        bench.stop().await?;
+    }
+    if args.wants(Part::LongPrompt) {
+        let longest = sizes.long_prompt_tokens + BESIDE;
+        let config = sized(&base, sizes.long_prompt_streams + 1, longest);
+        let bench = Bench::start(config, args.seed, &mut report).await?;
+        if bench.has_room("long-prompt", longest) {
+            report.long_prompt = Some(bench.on(sizes).long_prompt().await?);
+        }
+        bench.stop().await?;
     }
     if args.wants(Part::Added) {
         let config = base.clone();
@@ -177,49 +194,18 @@ async fn measure(args: &Args) -> Result<Report> {
     Ok(report)
 }
 
-async fn requests_parts(
-    args: &Args,
-    base: &Config,
-    sizes: Sizes,
-    report: &mut Report,
-) -> Result<()> {
-    let mut streams = args.most_streams().max(sizes.long_prompt_streams + 1);
-    if !args.wants(Part::LongPrompt) {
-        streams = args.most_streams();
-    }
-    let mut longest = (sizes.prompt_tokens + 1).max(sizes.context_tokens + sizes.answer_tokens);
-    if args.wants(Part::Prefix) {
-        longest = longest.max(sizes.prefix_tokens + 64);
-    }
-    if args.wants(Part::LongPrompt) {
-        longest = longest.max(sizes.long_prompt_tokens + 64);
-    }
-    let bench = Bench::start(sized(base, streams, longest), args.seed).await?;
-    report.settings.loaded = bench.loaded();
+/// Prefill, time to first token and decode, under each kind of monitoring.
+async fn throughput(args: &Args, base: &Config, sizes: Sizes, report: &mut Report) -> Result<()> {
+    let longest = (sizes.prompt_tokens + 1).max(sizes.context_tokens + sizes.answer_tokens);
+    let config = sized(base, args.most_streams(), longest);
+    let bench = Bench::start(config, args.seed, report).await?;
     let measured = bench.on(sizes);
-    if args.wants(Part::Throughput) {
-        for monitor in Monitor::ALL {
-            report.rows.push(measured.prefill(monitor).await?);
-            for streams in &args.streams {
-                let rows = measured.decode(usize::from(*streams), monitor).await?;
-                report.rows.extend(rows);
-                note(&format!("{monitor}, {streams} streams: measured"));
-            }
-        }
-    }
-    let context = bench.engine.info().context_length;
-    if args.wants(Part::Prefix) {
-        if context > sizes.prefix_tokens + 16 {
-            report.prefix = Some(measured.prefix().await?);
-        } else {
-            note("prefix: left out, the model's context is too short");
-        }
-    }
-    if args.wants(Part::LongPrompt) {
-        if context > sizes.long_prompt_tokens {
-            report.long_prompt = Some(measured.long_prompt().await?);
-        } else {
-            note("long-prompt: left out, the model's context is too short");
+    for monitor in Monitor::ALL {
+        report.rows.push(measured.prefill(monitor).await?);
+        for streams in &args.streams {
+            let rows = measured.decode(usize::from(*streams), monitor).await?;
+            report.rows.extend(rows);
+            note(&format!("{monitor}, {streams} streams: measured"));
         }
     }
     bench.stop().await
@@ -246,7 +232,8 @@ struct Bench {
 }
 
 impl Bench {
-    async fn start(config: Config, seed: u64) -> Result<Self> {
+    /// Notes in `report` what was loaded.
+    async fn start(config: Config, seed: u64, report: &mut Report) -> Result<Self> {
         let start = move || {
             let (model, options) = load_model(&config)?;
             Engine::start(model, options, Arc::new(Discard))
@@ -254,8 +241,15 @@ impl Bench {
         let (engine, thread) = tokio::task::spawn_blocking(start)
             .await
             .map_err(|_| Error::internal("the model could not be loaded: a panic"))??;
+        let info = engine.info();
+        report.settings.loaded = Loaded {
+            model: info.name.clone(),
+            weight_format: info.weight_format.clone(),
+            kv_type: info.kv_type.clone(),
+            weight_bytes: info.weight_bytes,
+        };
         Ok(Self {
-            monitoring: Monitoring::new(&engine.info().ids(), seed)?,
+            monitoring: Monitoring::new(&info.ids(), seed)?,
             engine,
             thread,
         })
@@ -269,14 +263,15 @@ impl Bench {
         }
     }
 
-    fn loaded(&self) -> Loaded {
-        let info = self.engine.info();
-        Loaded {
-            model: info.name.clone(),
-            weight_format: info.weight_format.clone(),
-            kv_type: info.kv_type.clone(),
-            weight_bytes: info.weight_bytes,
+    /// Says so where there is none.
+    fn has_room(&self, part: &str, tokens: usize) -> bool {
+        let context = self.engine.info().context_length;
+        if context < tokens {
+            note(&format!(
+                "{part}: left out, it takes a context of {tokens}, and here are {context}"
+            ));
         }
+        context >= tokens
     }
 
     /// Waits for the thread: the next part wants the memory and the cores.

@@ -251,13 +251,14 @@ impl Benchmark<'_> {
             ..
         } = self.sizes;
         let alone = watch(self.submit(self.long_draft(0)?)?, Instant::now()).await?;
+        let context = self.engine.info().context_length;
+        let most = MOST_BESIDE.min(context.saturating_sub(self.sizes.context_tokens));
         let origin = Instant::now();
         let arrivals: Vec<Arrivals> = (0..streams).map(|_| Arrivals::default()).collect();
         let mut readers = tokio::task::JoinSet::new();
         for (stream, arrivals) in arrivals.iter().enumerate() {
             let prompt = self.tokens(stream, self.sizes.context_tokens)?;
-            let events =
-                self.submit(self.draft(prompt, MOST_BESIDE, stream, streams, Monitor::Off))?;
+            let events = self.submit(self.draft(prompt, most, stream, streams, Monitor::Off))?;
             let arrivals = Arc::clone(arrivals);
             readers.spawn(async move { note(events, origin, &arrivals).await });
         }
@@ -463,6 +464,9 @@ struct Together {
 
 impl Together {
     fn take(&mut self, timelines: &[Timeline]) {
+        if timelines.iter().any(|timeline| timeline.0.is_empty()) {
+            return;
+        }
         let from = timelines.iter().filter_map(Timeline::first).max();
         let to = timelines.iter().filter_map(Timeline::last).min();
         let (Some(from), Some(to)) = (from, to) else {
