@@ -544,7 +544,7 @@ mod tests {
         together.take(&[timeline(&[10, 20]), timeline(&[30, 40])]);
         together.take(&[timeline(&[10, 20]), timeline(&[])]);
         assert_eq!((together.tokens, together.time), (0, Duration::ZERO));
-        let row = row("decode", 2, Monitor::Off, 0.0 / 0.0, together.gaps);
+        let row = row("decode", 2, Monitor::Off, f64::NAN, together.gaps);
         assert_eq!((row.tokens_per_second, row.p99_ms), (0.0, 0.0));
     }
 
