@@ -22,7 +22,6 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -282,7 +281,7 @@ def llama(options, prose):
 def mistral(options, prose):
     import importlib.metadata
 
-    from mistralrs import CompletionRequest, Runner, Which
+    from mistralrs import ChatCompletionRequest, Runner, Which
 
     def runner(setting):
         which = Which.GGUF(
@@ -295,32 +294,27 @@ def mistral(options, prose):
         return [runner.detokenize_text(rotated(tokens, s, count), True) for s in range(streams)]
 
     def ask(runner, prompts, answer):
-        """The time until all are answered, and how many prompt tokens that were."""
-        read = [0] * len(prompts)
+        """The time until all are answered. The package takes one blocking call at a time, and many streams."""
 
-        def one(index):
-            request = CompletionRequest(
-                model="default", prompt=prompts[index], max_tokens=answer, temperature=0.0, ignore_eos=True
+        def begun(prompt):
+            request = ChatCompletionRequest(
+                messages=prompt, model="default", max_tokens=answer, temperature=0.0, ignore_eos=True, stream=True
             )
-            read[index] = runner.send_completion_request(request).usage.prompt_tokens
+            return runner.send_chat_completion_request(request)
 
-        threads = [threading.Thread(target=one, args=(index,)) for index in range(len(prompts))]
         started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return time.perf_counter() - started, sum(read)
+        for stream in [begun(prompt) for prompt in prompts]:
+            for _ in stream:
+                pass
+        return time.perf_counter() - started
 
     def prefill(runner):
-        times = [ask(runner, [text], 1) for text in texts(runner, 3, PROMPT)]
-        return statistics.median(tokens / taken for taken, tokens in times)
+        return PROMPT / statistics.median(ask(runner, [text], 1) for text in texts(runner, 3, PROMPT))
 
     def write(runner, streams):
         prompts = texts(runner, streams, CONTEXT)
         # Reading the prompts is part of both, and of neither's difference.
-        short, _ = ask(runner, prompts, 1)
-        long, _ = ask(runner, prompts, ANSWER)
+        short, long = ask(runner, prompts, 1), ask(runner, prompts, ANSWER)
         return streams * (ANSWER - 1) / (long - short)
 
     if options.memory:
