@@ -293,44 +293,49 @@ def mistral(options, prose):
         tokens = runner.tokenize_text(prose, False, False)
         return [runner.detokenize_text(rotated(tokens, s, count), True) for s in range(streams)]
 
-    def ask(runner, prompts, answer):
-        """The time until all are answered. The package takes one blocking call at a time, and many streams."""
-
-        def begun(prompt):
-            request = ChatCompletionRequest(
-                messages=prompt, model="default", max_tokens=answer, temperature=0.0, ignore_eos=True, stream=True
-            )
-            return runner.send_chat_completion_request(request)
-
-        started = time.perf_counter()
-        for stream in [begun(prompt) for prompt in prompts]:
-            for _ in stream:
-                pass
-        return time.perf_counter() - started
+    def begun(runner, prompt, answer):
+        """A stream whose first token has come. Prompts that come together fail in some versions."""
+        request = ChatCompletionRequest(
+            messages=prompt, model="default", max_tokens=answer, temperature=0.0, ignore_eos=True, stream=True
+        )
+        stream = iter(runner.send_chat_completion_request(request))
+        next(stream)
+        return stream
 
     def prefill(runner):
-        return PROMPT / statistics.median(ask(runner, [text], 1) for text in texts(runner, 3, PROMPT))
+        times = []
+        for text in texts(runner, 3, PROMPT):
+            started = time.perf_counter()
+            begun(runner, text, 1)
+            times.append(time.perf_counter() - started)
+        return PROMPT / statistics.median(times)
 
-    def write(runner, streams):
-        prompts = texts(runner, streams, CONTEXT)
-        # Reading the prompts is part of both, and of neither's difference.
-        short, long = ask(runner, prompts, 1), ask(runner, prompts, ANSWER)
-        return streams * (ANSWER - 1) / (long - short)
+    def write(runner, streams, prompt, answer):
+        # Those that began first are ahead, so all ask for more tokens than are counted.
+        ahead = answer + 2 * streams
+        running = [begun(runner, text, ahead) for text in texts(runner, streams, prompt)]
+        started = time.perf_counter()
+        for _ in range(answer - 1):
+            for stream in running:
+                next(stream)
+        taken = time.perf_counter() - started
+        for stream in running:
+            for _ in stream:
+                pass
+        return streams * (answer - 1) / taken
 
     if options.memory:
         answer = MEMORY_TOKENS // 10
-        measured = runner({"no_paged_attn": True})
-        ask(measured, texts(measured, MEMORY_STREAMS, MEMORY_TOKENS - answer), answer)
+        write(runner({"no_paged_attn": True}), MEMORY_STREAMS, MEMORY_TOKENS - answer, answer)
         return {"peak_rss": peak_rss()}
     measured = []
     for setting in ({"no_paged_attn": True}, {"paged_attn": True}):
         try:
             made = runner(setting)
-        except Exception as error:  # noqa: BLE001, since a setting may not exist on a CPU
-            print(f"mistral.rs refuses {setting}: {error}", file=sys.stderr)
-            continue
-        decode = {str(n): write(made, n) for n in STREAMS}
-        measured.append({"setting": setting, "prefill": prefill(made), "decode": decode})
+            decode = {str(n): write(made, n, CONTEXT, ANSWER) for n in STREAMS}
+            measured.append({"setting": setting, "prefill": prefill(made), "decode": decode})
+        except Exception as error:  # noqa: BLE001, since a setting may not work on a CPU
+            print(f"mistral.rs fails with {setting}: {error}", file=sys.stderr)
     if not measured:
         raise SystemExit("mistral.rs ran in no setting")
     return {"version": f"mistralrs {importlib.metadata.version('mistralrs')}", "settings": measured}
