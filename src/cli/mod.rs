@@ -1,11 +1,13 @@
 //! The commands of `inwit`: one file each, arguments in, library calls out.
 //! Knows the terminal and exit codes; the work is done elsewhere.
 
+mod bench;
 mod capture;
 mod chat;
 mod demo;
 mod generate;
 mod lab;
+mod load;
 mod open;
 mod paths;
 mod probe;
@@ -60,6 +62,10 @@ enum Command {
     /// Fit refusal heads and steering vectors
     #[command(subcommand)]
     Lab(lab::Command),
+    /// Measure the engine in this process, and what monitoring adds to a step
+    Bench(Box<bench::Args>),
+    /// Load a running server at a constant rate and measure what its callers see
+    Load(load::Args),
     /// Fetch a known model
     Pull(pull::Args),
     /// Fetch the default model and watch it answer, steer and refuse
@@ -126,6 +132,8 @@ pub fn run(cli: Cli) -> Result<Exit> {
         Command::Capture(args) => wait(capture::run(args)),
         Command::Probe(command) => probe::run(command),
         Command::Lab(command) => wait(lab::run(command)),
+        Command::Bench(args) => wait(bench::run(*args)),
+        Command::Load(args) => wait(load::run(args)),
         Command::Pull(args) => wait(pull::run(args)),
         Command::Demo(args) => wait(demo::run(args)),
     }

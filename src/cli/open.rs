@@ -162,6 +162,12 @@ pub async fn open(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<Opened
 }
 
 fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine, EngineThread)> {
+    let (model, options) = load_model(config)?;
+    Engine::start(model, options, sink)
+}
+
+/// The model in memory, and how an engine would run it.
+pub(super) fn load_model(config: &Config) -> Result<(Model, EngineOptions)> {
     let source = Source::open(&super::pull::fetch(&config.model)?)?;
     let weights = weight_format(config.weights, source.matrices());
     let kv_type = kv_type(config.kv);
@@ -187,7 +193,7 @@ fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine,
         context_limit: config.context_limit,
         ..EngineOptions::default()
     };
-    Engine::start(Model::load(&source, &placement)?, options, sink)
+    Ok((Model::load(&source, &placement)?, options))
 }
 
 pub(super) fn kv_type(wanted: config::KvType) -> KvType {

@@ -1,18 +1,26 @@
-//! Offline work on an engine: answer, score and capture files of prompts; fit what acts on them.
+//! Offline work on an engine: answer, score and capture files of prompts; fit what acts on them; measure.
 //! Knows files and the engine's handle; knows no command line and no wire.
 
 pub mod answer;
 pub mod bench;
+pub mod benchmark;
 pub mod capture;
 pub mod capture_file;
 pub mod examples;
 pub mod fit;
+pub mod load;
+pub mod machine;
 pub mod make_head;
+pub mod monitoring;
 pub mod output;
+pub mod paired;
+pub mod plot;
 pub mod quality;
 pub mod refusal_head;
 pub mod rows;
 pub mod score;
 mod seeded;
 pub mod states;
+pub mod statistics;
 pub mod vector;
+pub mod workload;

@@ -20,6 +20,7 @@ mod convert;
 mod door;
 mod generation;
 pub mod http;
+pub mod load_client;
 mod observe;
 mod probe;
 mod reply;

@@ -1,0 +1,88 @@
+//! Products and attention alone, in the shapes of the default model (SmolLM2-135M).
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use inwit::model::kernels::{
+    AttentionShape, KV_BLOCK, KvLayer, KvType, PackedMatrix, SpanRows, WeightFormat, attend,
+};
+
+/// `[outputs, inputs]`: attention in, attention out, MLP in, MLP out.
+const SHAPES: [(usize, usize); 4] = [(960, 576), (576, 576), (3072, 576), (576, 1536)];
+const ROWS: [usize; 4] = [1, 4, 16, 256];
+
+/// Numbers in (-1, 1) that repeat.
+fn numbers(count: usize) -> Vec<f32> {
+    (0..count)
+        .map(|i| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0)
+        .collect()
+}
+
+fn products(c: &mut Criterion) {
+    let mut group = c.benchmark_group("product");
+    for format in [WeightFormat::F32, WeightFormat::Bf16] {
+        for (outputs, inputs) in SHAPES {
+            let weight = numbers(outputs * inputs);
+            let weight = PackedMatrix::pack(&weight, outputs, inputs, format);
+            for rows in ROWS {
+                let x = numbers(rows * inputs);
+                // Multiply-adds.
+                group.throughput(Throughput::Elements((rows * outputs * inputs) as u64));
+                let name = format!("{format}/{outputs}x{inputs}");
+                group.bench_function(BenchmarkId::new(name, rows), |b| {
+                    b.iter(|| weight.product(black_box(&x)));
+                });
+            }
+        }
+    }
+    group.finish();
+}
+
+fn attention(c: &mut Criterion) {
+    let shape = AttentionShape {
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        scale: 0.125,
+        window: None,
+    };
+    let mut group = c.benchmark_group("attention");
+    for kv_type in [KvType::F32, KvType::Bf16] {
+        for (streams, positions) in [(1, 512), (16, 128), (16, 512)] {
+            let per_stream = positions / KV_BLOCK;
+            let kv = filled(kv_type, &shape, streams * per_stream);
+            let blocks: Vec<u32> = (0..(streams * per_stream) as u32).collect();
+            let spans: Vec<SpanRows<'_>> = (0..streams)
+                .map(|stream| SpanRows {
+                    first_row: stream,
+                    rows: 1,
+                    start: positions - 1,
+                    blocks: &blocks[stream * per_stream..(stream + 1) * per_stream],
+                })
+                .collect();
+            let q = numbers(streams * shape.heads * shape.head_dim);
+            let name = format!("{kv_type}/{streams}x{positions}");
+            group.bench_function(name, |b| {
+                b.iter(|| attend(black_box(&q), &shape, &kv, &spans));
+            });
+        }
+    }
+    group.finish();
+}
+
+fn filled(kv_type: KvType, shape: &AttentionShape, blocks: usize) -> KvLayer {
+    let mut kv = KvLayer::new(kv_type, shape, blocks);
+    let (key, value) = (
+        numbers(shape.kv_heads * shape.head_dim),
+        numbers(shape.kv_heads * shape.head_dim),
+    );
+    for block in 0..blocks as u32 {
+        for slot in 0..KV_BLOCK {
+            kv.write(shape, block, slot, &key, &value);
+        }
+    }
+    kv
+}
+
+criterion_group!(benches, products, attention);
+criterion_main!(benches);

@@ -1,0 +1,409 @@
+#!/usr/bin/env python3
+"""Measures Inwit, llama.cpp and mistral.rs side by side on one GGUF file and writes one table.
+
+    python3 benches/peers.py --model FILE.gguf --inwit target/release/inwit --out peers.md
+
+llama.cpp (its Python package, built here for this processor) and mistral.rs (its Python package)
+are installed into virtual environments under --work; each engine runs in processes of its own.
+All read the same prose: one prompt of 512 tokens (prefill), then 1, 4, 8 and 16 streams with
+prompts of 64 tokens that write 128 tokens each (decode). llama.cpp runs the file as it comes and
+the same weights as Q8_0, in every setting of SETTINGS; of each engine the best setting counts,
+by the median of its rounds. The rounds of all engines take turns, so that a machine that slows
+down slows all of them.
+
+It does not judge the numbers: the table and the raw results (--json) are what it leaves.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STREAMS = [1, 4, 8, 16]
+PROMPT, CONTEXT, ANSWER = 512, 64, 128
+MEMORY_STREAMS, MEMORY_TOKENS = 16, 1000
+# Everything that llama.cpp lets a user choose here and that makes a difference on a CPU.
+SETTINGS = [
+    {"n_ubatch": n_ubatch, "flash_attn": flash_attn, "kv_unified": kv_unified}
+    for n_ubatch, flash_attn, kv_unified in itertools.product((128, 512), (False, True), (False, True))
+]
+# For --cmake-args: a native build without AMX.
+NO_AMX = "-DGGML_NATIVE=ON" + "".join(
+    f" -DCMAKE_{language}_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'" for language in ("C", "CXX")
+)
+PACKAGES = {"llama": ["llama-cpp-python", "numpy"], "mistral": ["mistralrs"]}
+
+
+def main():
+    options = arguments()
+    if options.child:
+        return print(json.dumps(child(options)))
+    options.work.mkdir(parents=True, exist_ok=True)
+    engines = engines_of(options)
+    results = {name: [] for name in engines}
+    for turn in range(options.rounds):
+        for name, run in engines.items():
+            print(f"round {turn + 1}: {name}", file=sys.stderr)
+            try:
+                results[name].append(run())
+            except (subprocess.CalledProcessError, RuntimeError) as error:
+                print(f"{name}: left out: {error}", file=sys.stderr)
+    results = {name: rounds for name, rounds in results.items() if rounds}
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    table = report(options, {name: best(rounds) for name, rounds in results.items()})
+    (options.out.write_text if options.out else print)(table)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="a GGUF file")
+    parser.add_argument("--inwit", type=Path, help="the program; without it only the peers run")
+    parser.add_argument("--inwit-flags", default="", help="further flags of `inwit bench`, in one string")
+    parser.add_argument("--engines", default="inwit,llama,mistral", help="which of them to run")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--cmake-args",
+        default="-DGGML_NATIVE=ON",
+        help="how llama.cpp is built; `no-amx` is a native build without AMX, whose kernels crash on some virtual machines",
+    )
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/inwit-peers")
+    parser.add_argument("--out", type=Path, help="the table, in Markdown")
+    parser.add_argument("--json", type=Path, help="every result of every round")
+    parser.add_argument("--quick", action="store_true", help="a small run that shows that all works")
+    parser.add_argument("--child", choices=["llama", "mistral"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        global STREAMS, ANSWER, SETTINGS, MEMORY_TOKENS
+        STREAMS, ANSWER, SETTINGS, MEMORY_TOKENS = [1, 4], 16, SETTINGS[:2], 100
+        options.rounds = 1
+    return options
+
+
+def engines_of(options):
+    wanted = options.engines.split(",")
+    engines = {}
+    if options.inwit and "inwit" in wanted:
+        engines["Inwit"] = lambda: inwit(options)
+    if "llama" in wanted:
+        python = environment(options, "llama")
+        q8_0 = requantised(options, python)
+        engines["llama.cpp, as it comes"] = lambda: in_child(options, python, "llama", options.model)
+        engines["llama.cpp, Q8_0"] = lambda: in_child(options, python, "llama", q8_0)
+    if "mistral" in wanted:
+        python = environment(options, "mistral")
+        engines["mistral.rs"] = lambda: in_child(options, python, "mistral", options.model)
+    return engines
+
+
+# --- the engines, from outside ---
+
+
+def environment(options, name):
+    """A virtual environment with an engine's package, made once."""
+    folder = options.work / name
+    python = folder / "bin/python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        flags = {**os.environ, "CMAKE_ARGS": NO_AMX if options.cmake_args == "no-amx" else options.cmake_args}
+        install = [python, "-m", "pip", "install", "--quiet", *PACKAGES[name]]
+        if name == "llama":
+            # A wheel would be built for some other processor.
+            install += ["--no-binary", "llama-cpp-python"]
+        subprocess.run(install, check=True, env=flags)
+    return python
+
+
+def requantised(options, python):
+    """The same weights as Q8_0, for llama.cpp: its best format on many processors."""
+    out = options.work / f"{options.model.stem}.as-q8_0.gguf"
+    if not out.exists():
+        code = (
+            "import sys, llama_cpp as l\n"
+            "params = l.llama_model_quantize_default_params()\n"
+            "params.ftype, params.allow_requantize = l.LLAMA_FTYPE_MOSTLY_Q8_0, True\n"
+            "sys.exit(l.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), params))"
+        )
+        subprocess.run([python, "-c", code, options.model, out], check=True, stderr=subprocess.DEVNULL)
+    return out
+
+
+def in_child(options, python, name, model):
+    def run(*flags):
+        command = [python, __file__, "--child", name, "--model", model, "--threads", str(options.threads), *flags]
+        command += ["--quick"] if options.quick else []
+        # Any pool that an engine makes must see the same limit.
+        limits = {key: str(options.threads) for key in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
+        ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **limits})
+        if ended.returncode != 0:
+            last = (ended.stderr.strip().splitlines() or ["said nothing"])[-1]
+            raise RuntimeError(f"it ended with {ended.returncode}: {last}")
+        return json.loads(ended.stdout.splitlines()[-1])
+
+    # A peak remembers everything before it, so memory has a process of its own.
+    return {**run(), "peak_rss": run("--memory")["peak_rss"]}
+
+
+def inwit(options):
+    file = options.work / "inwit.json"
+
+    def run(parts):
+        command = [options.inwit, "bench", "--model", options.model, "--threads", str(options.threads)]
+        command += ["--streams", ",".join(map(str, STREAMS)), "--parts", parts, "--json", file]
+        command += options.inwit_flags.split() + (["--quick"] if options.quick else ["--rounds", "1"])
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(file.read_text())
+
+    memory = run("memory")["memory"]
+    report = run("throughput")
+    rows = {(row["name"], row["streams"]): row["tokens_per_second"] for row in report["rows"] if row["monitor"] == "off"}
+    settings = report["settings"]
+    result = {"prefill": rows["prefill", 1], "decode": {str(n): rows["decode", n] for n in STREAMS}}
+    return {
+        "version": f"commit {report['commit']}",
+        "machine": report["machine"],
+        "peak_rss": memory["peak_rss_bytes"],
+        "settings": [{"setting": {"weights": settings["weight_format"], "kv": settings["kv_type"]}, **result}],
+    }
+
+
+# --- the engines, inside a process of their own ---
+
+
+def child(options):
+    prose = re.search(r'const PROSE: &str = "(.*?)";', (ROOT / "src/lab/workload.rs").read_text(), re.DOTALL)
+    prose = prose.group(1).replace("\\\n", "")
+    return (llama if options.child == "llama" else mistral)(options, prose)
+
+
+def rotated(tokens, stream, count):
+    """As `inwit bench` begins each stream elsewhere in the prose."""
+    first = stream * 37 % len(tokens)
+    return list(itertools.islice(itertools.cycle(tokens), first, first + count))
+
+
+def llama(options, prose):
+    import llama_cpp as l
+    import numpy
+
+    l.llama_backend_init()
+    silent = l.llama_log_callback(lambda *_: None)
+    l.llama_log_set(silent, None)
+    model = l.llama_model_load_from_file(str(options.model).encode(), l.llama_model_default_params())
+    if not model:
+        raise SystemExit(f"{options.model}: llama.cpp cannot load it")
+    vocab = l.llama_model_get_vocab(model)
+    size = l.llama_vocab_n_tokens(vocab)
+    buffer = (l.llama_token * 4096)()
+    count = l.llama_tokenize(vocab, prose.encode(), len(prose.encode()), buffer, 4096, False, False)
+    tokens = list(buffer[:count])
+
+    def context(setting, streams, positions):
+        params = l.llama_context_default_params()
+        # Every sequence has room for its own, whichever way the cache is laid out.
+        params.n_ctx, params.n_seq_max = streams * (-(-positions // 256) * 256), streams
+        params.n_batch = max(2048, streams)
+        params.n_ubatch = setting["n_ubatch"]
+        params.n_threads = params.n_threads_batch = options.threads
+        params.flash_attn_type = int(setting["flash_attn"])
+        params.kv_unified = setting["kv_unified"]
+        made = l.llama_init_from_model(model, params)
+        if not made:
+            raise SystemExit(f"llama.cpp refuses {setting}")
+        return made
+
+    def decode(made, rows):
+        """`rows`: (token, position, sequence, whether its logits are wanted)."""
+        batch = l.llama_batch_init(len(rows), 0, 1)
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = sequence, wanted
+        if l.llama_decode(made, batch) != 0:
+            raise SystemExit("llama.cpp could not decode a batch")
+        l.llama_batch_free(batch)
+
+    def greedy(made, row):
+        logits = l.llama_get_logits_ith(made, row)
+        return int(numpy.ctypeslib.as_array(logits, shape=(size,)).argmax())
+
+    def read(made, sequence, prompt):
+        decode(made, [(t, i, sequence, i + 1 == len(prompt)) for i, t in enumerate(prompt)])
+        return greedy(made, len(prompt) - 1)
+
+    def prefill(setting):
+        made = context(setting, 1, PROMPT + 1)
+        times = []
+        for turn in range(3):
+            l.llama_memory_clear(l.llama_get_memory(made), True)
+            started = time.perf_counter()
+            read(made, 0, rotated(tokens, turn, PROMPT))
+            times.append(time.perf_counter() - started)
+        l.llama_free(made)
+        return PROMPT / statistics.median(times)
+
+    def write(setting, streams, prompt, answer):
+        made = context(setting, streams, prompt + answer)
+        newest = [read(made, s, rotated(tokens, s, prompt)) for s in range(streams)]
+        started = time.perf_counter()
+        for position in range(prompt, prompt + answer - 1):
+            decode(made, [(token, position, s, True) for s, token in enumerate(newest)])
+            newest = [greedy(made, row) for row in range(streams)]
+        taken = time.perf_counter() - started
+        l.llama_free(made)
+        return streams * (answer - 1) / taken
+
+    if options.memory:
+        answer = MEMORY_TOKENS // 10
+        write(SETTINGS[-1], MEMORY_STREAMS, MEMORY_TOKENS - answer, answer)
+        return {"peak_rss": peak_rss()}
+    measured = [
+        {
+            "setting": setting,
+            "prefill": prefill(setting),
+            "decode": {str(n): write(setting, n, CONTEXT, ANSWER) for n in STREAMS},
+        }
+        for setting in SETTINGS
+    ]
+    info = l.llama_print_system_info().decode().strip()
+    return {"version": f"llama-cpp-python {l.__version__} ({info}), KV f16", "settings": measured}
+
+
+def mistral(options, prose):
+    import importlib.metadata
+
+    from mistralrs import ChatCompletionRequest, Runner, Which
+
+    def runner(setting):
+        which = Which.GGUF(
+            quantized_model_id=str(options.model.resolve().parent), quantized_filename=options.model.name
+        )
+        return Runner(which=which, max_seqs=max(MEMORY_STREAMS, *STREAMS), prefix_cache_n=0, **setting)
+
+    def texts(runner, streams, count):
+        tokens = runner.tokenize_text(prose, False, False)
+        return [runner.detokenize_text(rotated(tokens, s, count), True) for s in range(streams)]
+
+    def begun(runner, prompt, answer):
+        """A stream whose first token has come. Prompts that come together fail in some versions."""
+        request = ChatCompletionRequest(
+            messages=prompt, model="default", max_tokens=answer, temperature=0.0, ignore_eos=True, stream=True
+        )
+        stream = iter(runner.send_chat_completion_request(request))
+        next(stream)
+        return stream
+
+    def prefill(runner):
+        times = []
+        for text in texts(runner, 3, PROMPT):
+            started = time.perf_counter()
+            begun(runner, text, 1)
+            times.append(time.perf_counter() - started)
+        return PROMPT / statistics.median(times)
+
+    def write(runner, streams, prompt, answer):
+        # Those that began first are ahead, so all ask for more tokens than are counted.
+        ahead = answer + 2 * streams
+        running = [begun(runner, text, ahead) for text in texts(runner, streams, prompt)]
+        started = time.perf_counter()
+        for _ in range(answer - 1):
+            for stream in running:
+                next(stream)
+        taken = time.perf_counter() - started
+        for stream in running:
+            for _ in stream:
+                pass
+        return streams * (answer - 1) / taken
+
+    if options.memory:
+        answer = MEMORY_TOKENS // 10
+        write(runner({"no_paged_attn": True}), MEMORY_STREAMS, MEMORY_TOKENS - answer, answer)
+        return {"peak_rss": peak_rss()}
+    measured = []
+    for setting in ({"no_paged_attn": True}, {"paged_attn": True}):
+        try:
+            made = runner(setting)
+            decode = {str(n): write(made, n, CONTEXT, ANSWER) for n in STREAMS}
+            measured.append({"setting": setting, "prefill": prefill(made), "decode": decode})
+        except Exception as error:  # noqa: BLE001, since a setting may not work on a CPU
+            print(f"mistral.rs fails with {setting}: {error}", file=sys.stderr)
+    if not measured:
+        raise SystemExit("mistral.rs ran in no setting")
+    return {"version": f"mistralrs {importlib.metadata.version('mistralrs')}", "settings": measured}
+
+
+def peak_rss():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
+
+
+# --- the table ---
+
+
+def best(rounds):
+    """Of each measure the best setting's median over the rounds, and which setting that was."""
+    settings = range(len(rounds[0]["settings"]))
+
+    def highest(value):
+        medians = {i: statistics.median(value(one["settings"][i]) for one in rounds) for i in settings}
+        index = max(medians, key=medians.get)
+        return medians[index], rounds[0]["settings"][index]["setting"]
+
+    cells = {"prefill": highest(lambda one: one["prefill"])}
+    for streams in map(str, STREAMS):
+        cells[streams] = highest(lambda one, streams=streams: one["decode"][streams])
+    return {
+        "version": rounds[0]["version"],
+        "cells": cells,
+        "peak_rss": statistics.median(one["peak_rss"] for one in rounds),
+    }
+
+
+def report(options, engines):
+    columns = ["prefill", *map(str, STREAMS)]
+    lines = [
+        f"Tokens per second on `{options.model.name}`, {options.threads} threads, {machine()}, commit {commit()}.",
+        f"Prefill reads {PROMPT} tokens; each stream of a decode has {CONTEXT} and writes {ANSWER}.",
+        f"Medians of {options.rounds} rounds in turn, of each engine's best setting.",
+        f"Memory is the peak (VmHWM) with {MEMORY_STREAMS} streams of {MEMORY_TOKENS} tokens.",
+        "",
+        "| engine | prefill | " + " | ".join(f"{n} streams" for n in STREAMS) + " | memory MiB |",
+        "|---|" + "---|" * (len(columns) + 1),
+    ]
+    for name, engine in engines.items():
+        cells = [f"{engine['cells'][column][0]:.0f}" for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {engine['peak_rss'] / 2**20:.0f} |")
+    lines += ["", "| engine | version | best settings |", "|---|---|---|"]
+    for name, engine in engines.items():
+        chosen = "; ".join(f"{column}: {flags(engine['cells'][column][1])}" for column in columns)
+        lines.append(f"| {name} | {engine['version'].replace('|', '/')} | {chosen} |")
+    return "\n".join(lines) + "\n"
+
+
+def flags(setting):
+    return ", ".join(f"{key} {value}" for key, value in setting.items())
+
+
+def machine():
+    found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return f"{found.group(1) if found else 'unknown processor'}, {os.cpu_count()} cores"
+
+
+def commit():
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
+    )
+    return described.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+//! What monitoring adds to a decode step, measured step by step: base, variant, variant, base on
+//! the same tokens and the same keys and values, in one process.
+//! Works on the decoder itself, as the engine's thread does; knows no requests.
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::Instant;
+
+use inwit_probes::TokenOutput;
+use serde::Serialize;
+
+use super::monitoring::{Change, Monitor, Monitoring, POLICY};
+use super::statistics::{Added, Alternation, added};
+use crate::error::{Error, Result};
+use crate::hooks::{HookPlan, HookRun, ProbeStack, Scores};
+use crate::model::kernels::{KV_BLOCK, KvType};
+use crate::model::{Batch, Decoder, KvCache, host};
+use crate::policy::{DecisionStep, Policy, PolicyState};
+
+#[derive(Clone, Debug)]
+pub struct PairedOptions {
+    /// Pairs of a base and a variant step, for each variant and number of streams.
+    pub pairs: usize,
+    /// Positions that are there before the first measured one.
+    pub context: usize,
+    /// Positions that are measured; then it starts again at the first.
+    pub window: usize,
+    pub kv_type: KvType,
+    pub seed: u64,
+}
+
+/// One line of the result.
+#[derive(Clone, Debug, Serialize)]
+pub struct AddedRow {
+    pub streams: usize,
+    pub monitor: Monitor,
+    #[serde(flatten)]
+    pub added: Added,
+}
+
+/// Steps of some streams at once over prepared keys and values.
+pub struct Steps<'a> {
+    decoder: &'a Decoder,
+    pool: &'a ComputePool,
+    monitoring: &'a Monitoring,
+    options: PairedOptions,
+    kv: KvCache,
+    /// Of each stream: its tokens, and the blocks that hold their keys and values.
+    streams: Vec<Stream>,
+    stack: Arc<ProbeStack>,
+    policy: Arc<Policy>,
+    /// Of each row.
+    changes: Vec<Vec<&'a Change>>,
+    watches: Vec<Watch>,
+}
+
+struct Stream {
+    tokens: Vec<u32>,
+    blocks: Vec<u32>,
+}
+
+/// What the engine keeps for a monitored sequence: the policy's state, the readout's, the record.
+struct Watch {
+    policy: PolicyState,
+    readout: PolicyState,
+    record: Vec<DecisionStep>,
+    generated: u32,
+}
+
+impl<'a> Steps<'a> {
+    /// Reads the first `context` tokens of every stream; each must have `context + window`.
+    pub fn new(
+        decoder: &'a Decoder,
+        pool: &'a ComputePool,
+        monitoring: &'a Monitoring,
+        tokens: Vec<Vec<u32>>,
+        options: PairedOptions,
+    ) -> Result<Self> {
+        let positions = options.context + options.window;
+        if options.window == 0 || tokens.iter().any(|tokens| tokens.len() < positions) {
+            return Err(Error::internal("a stream is shorter than what is measured"));
+        }
+        let per_stream = positions.div_ceil(KV_BLOCK);
+        let blocks = per_stream * tokens.len();
+        let kv = KvCache::new(
+            decoder.config(),
+            options.kv_type,
+            blocks,
+            decoder.placement(),
+        )?;
+        let probes = monitoring.snapshot.probes.iter();
+        let probes = probes.map(|loaded| Arc::new(loaded.probe.clone()));
+        let stack = ProbeStack::new(probes.collect(), decoder.config().n_layers);
+        let policy = Arc::clone(monitoring.snapshot.policy(Some(POLICY))?);
+        let rows = tokens.len();
+        let streams = tokens.into_iter().zip(0u32..).map(|(tokens, stream)| {
+            let first = stream * per_stream as u32;
+            Stream {
+                tokens,
+                blocks: (first..first + per_stream as u32).collect(),
+            }
+        });
+        let mut steps = Self {
+            decoder,
+            pool,
+            monitoring,
+            options,
+            kv,
+            streams: streams.collect(),
+            stack: Arc::new(stack),
+            changes: (0..rows)
+                .map(|row| monitoring.changes_of(row, rows))
+                .collect(),
+            watches: (0..rows).map(|_| Watch::new(&policy)).collect(),
+            policy,
+        };
+        steps.prefill()?;
+        Ok(steps)
+    }
+
+    /// What `variant` adds. `tick` hears of every alternation.
+    pub fn added(&mut self, variant: Monitor, mut tick: impl FnMut()) -> Result<AddedRow> {
+        let alternations = self.options.pairs.div_ceil(2).max(1);
+        let mut measured = Vec::with_capacity(alternations);
+        // The first steps fault pages in and train the branches.
+        for _ in 0..WARM_UP.min(alternations) {
+            self.alternate(variant, self.options.context)?;
+        }
+        for index in 0..alternations {
+            let offset = index % self.options.window;
+            if offset == 0 {
+                self.watches = self
+                    .watches
+                    .iter()
+                    .map(|_| Watch::new(&self.policy))
+                    .collect();
+            }
+            measured.push(self.alternate(variant, self.options.context + offset)?);
+            tick();
+        }
+        let added = added(&measured, self.options.seed);
+        Ok(AddedRow {
+            streams: self.streams.len(),
+            monitor: variant,
+            added: added.ok_or_else(|| Error::internal("nothing was measured"))?,
+        })
+    }
+
+    /// The base runs last, so that its keys and values are what the next position sees.
+    fn alternate(&mut self, variant: Monitor, position: usize) -> Result<Alternation> {
+        let first_base = self.step(Monitor::Off, position)?;
+        let first = self.step(variant, position)?;
+        let second = self.step(variant, position)?;
+        let second_base = self.step(Monitor::Off, position)?;
+        Ok(Alternation {
+            base: [first_base, second_base],
+            variant: [first, second],
+        })
+    }
+
+    /// One decode step of every stream from its plan to its decision, in microseconds.
+    fn step(&mut self, monitor: Monitor, position: usize) -> Result<f64> {
+        let started = Instant::now();
+        let mut batch = Batch::default();
+        let mut plan = HookPlan::new(self.decoder.config().n_layers);
+        for (row, stream) in self.streams.iter().enumerate() {
+            let token = &stream.tokens[position..=position];
+            batch.push(token, position, stream.blocks.clone());
+            match monitor {
+                Monitor::Off => {}
+                Monitor::Probes => plan.score(&self.stack, row..row + 1),
+                Monitor::Interventions => {
+                    for change in &self.changes[row] {
+                        plan.steer(change.site, row, change.kind, &change.vector, None);
+                    }
+                }
+                Monitor::Capture => plan.capture(self.monitoring.captured, row, row..row + 1),
+            }
+        }
+        let mut run = HookRun::new(&plan, batch.rows());
+        let rows: Vec<usize> = (0..batch.rows()).collect();
+        let (decoder, kv) = (self.decoder, &mut self.kv);
+        let logits = self.pool.install(|| {
+            let hidden = decoder.forward(&batch, kv, &mut run)?;
+            // The engine looks at steered rows for overflows.
+            if monitor == Monitor::Interventions {
+                black_box(host::read(&hidden, |values| {
+                    values.iter().all(|value| value.is_finite())
+                })?);
+            }
+            decoder.logits(&hidden, &rows, &[])
+        })?;
+        let scores = run.finish();
+        if monitor == Monitor::Probes {
+            self.watch(&scores, position as u32);
+        }
+        black_box((&logits, &scores.captured));
+        Ok(started.elapsed().as_secs_f64() * 1e6)
+    }
+
+    /// What the engine does with a monitored row's scores after a pass.
+    fn watch(&mut self, scores: &Scores<'_>, position: u32) {
+        for (row, watch) in self.watches.iter_mut().enumerate() {
+            let outputs = scores.of_row(row).unwrap_or_default().into_iter();
+            watch.observe(&self.policy, position, outputs.map(Result::ok).collect());
+        }
+    }
+
+    fn prefill(&mut self) -> Result<()> {
+        for stream in &self.streams {
+            for start in (0..self.options.context).step_by(PREFILL_ROWS) {
+                let end = (start + PREFILL_ROWS).min(self.options.context);
+                let mut batch = Batch::default();
+                batch.push(&stream.tokens[start..end], start, stream.blocks.clone());
+                let plan = HookPlan::new(self.decoder.config().n_layers);
+                let mut run = HookRun::new(&plan, batch.rows());
+                let (decoder, kv) = (self.decoder, &mut self.kv);
+                self.pool
+                    .install(|| decoder.forward(&batch, kv, &mut run))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+const WARM_UP: usize = 8;
+const PREFILL_ROWS: usize = 256;
+
+impl Watch {
+    fn new(policy: &Policy) -> Self {
+        Self {
+            policy: PolicyState::new(policy),
+            readout: PolicyState::new(policy),
+            record: Vec::new(),
+            generated: 0,
+        }
+    }
+
+    fn observe(&mut self, policy: &Policy, position: u32, outputs: Vec<Option<TokenOutput>>) {
+        self.generated += 1;
+        let k = self.generated;
+        self.policy.observe_generated(policy, k, position, &outputs);
+        self.readout
+            .observe_generated(policy, k, position, &outputs);
+        self.record.push(DecisionStep::Generated {
+            k,
+            position,
+            outputs: outputs
+                .iter()
+                .map(|output| output.map(Into::into))
+                .collect(),
+        });
+        let decision = self.policy.decide(policy);
+        let readings = self.policy.readings(policy);
+        self.record
+            .push(DecisionStep::Decided { decision, readings });
+    }
+}

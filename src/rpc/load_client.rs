@@ -1,0 +1,144 @@
+//! A client for measuring: many calls over a few connections, each status code kept apart.
+//! Knows the wire; what is measured, its caller knows.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tonic::Streaming;
+use tonic::transport::{Channel, Endpoint};
+
+use super::client::ClientError;
+use super::observe::code_name;
+use super::proto;
+use super::proto::generate_stream_response::Event;
+use super::proto::generation_input::Prompt;
+use super::proto::generation_service_client::GenerationServiceClient;
+use crate::policy::Mode;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The name of the status code that a call ended with, e.g. `RESOURCE_EXHAUSTED`.
+pub type CodeName = &'static str;
+
+/// Connections to one server, used in turn.
+pub struct LoadClient {
+    connections: Vec<GenerationServiceClient<Channel>>,
+    next: AtomicUsize,
+    monitor: proto::MonitorOptions,
+}
+
+impl LoadClient {
+    /// `url` is a URI with `http://`, or `host:port`. What is unset is the server's choice.
+    pub async fn connect(
+        url: &str,
+        connections: usize,
+        mode: Option<Mode>,
+        policy: Option<&str>,
+    ) -> Result<Self, ClientError> {
+        let uri = match url.contains("://") {
+            true => url.to_owned(),
+            false => format!("http://{url}"),
+        };
+        let failed = |error: tonic::transport::Error| ClientError::NoConnection {
+            address: url.to_owned(),
+            reason: innermost(&error),
+        };
+        let endpoint = Endpoint::from_shared(uri).map_err(failed)?;
+        let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT);
+        let mut clients = Vec::with_capacity(connections);
+        for _ in 0..connections.max(1) {
+            let channel = endpoint.connect().await.map_err(failed)?;
+            clients.push(GenerationServiceClient::new(channel));
+        }
+        Ok(Self {
+            connections: clients,
+            next: AtomicUsize::new(0),
+            monitor: proto::MonitorOptions {
+                mode: match mode {
+                    None => proto::MonitorMode::Unspecified,
+                    Some(Mode::Off) => proto::MonitorMode::Off,
+                    Some(Mode::Shadow) => proto::MonitorMode::Shadow,
+                    Some(Mode::Enforce) => proto::MonitorMode::Enforce,
+                }
+                .into(),
+                policy: policy.unwrap_or_default().to_owned(),
+                ..proto::MonitorOptions::default()
+            },
+        })
+    }
+
+    /// Asks for an answer as it is released. Dropping what comes back hangs up.
+    pub async fn answer(&self, prompt: &str, max_tokens: u32) -> Result<Deliveries, CodeName> {
+        let sampling = proto::SamplingOptions {
+            max_tokens: Some(max_tokens),
+            ..proto::SamplingOptions::default()
+        };
+        let input = proto::GenerationInput {
+            sampling: Some(sampling),
+            ..self.input(prompt)
+        };
+        let request = proto::GenerateStreamRequest { input: Some(input) };
+        let answer = self.connection().generate_stream(request).await;
+        let answer = answer.map_err(|status| code_name(status.code()))?;
+        Ok(Deliveries(answer.into_inner()))
+    }
+
+    /// Scores a prompt.
+    pub async fn score(&self, prompt: &str) -> Result<(), CodeName> {
+        let request = proto::ScoreRequest {
+            input: Some(self.input(prompt)),
+            answer: None,
+        };
+        let scored = self.connection().score(request).await;
+        scored
+            .map(|_| ())
+            .map_err(|status| code_name(status.code()))
+    }
+
+    fn connection(&self) -> GenerationServiceClient<Channel> {
+        let turn = self.next.fetch_add(1, Ordering::Relaxed);
+        self.connections[turn % self.connections.len()].clone()
+    }
+
+    fn input(&self, prompt: &str) -> proto::GenerationInput {
+        // Raw text, since not every model has a template.
+        proto::GenerationInput {
+            prompt: Some(Prompt::RawText(prompt.to_owned())),
+            monitor: Some(self.monitor.clone()),
+            ..proto::GenerationInput::default()
+        }
+    }
+}
+
+/// The tokens of one answer as they come.
+pub struct Deliveries(Streaming<proto::GenerateStreamResponse>);
+
+impl Deliveries {
+    /// How many tokens came next; `None` once the answer is complete.
+    pub async fn next(&mut self) -> Result<Option<u32>, CodeName> {
+        loop {
+            let message = self.0.message().await;
+            let message = message.map_err(|status| code_name(status.code()))?;
+            // A stream that ends without its end was cut off.
+            let Some(message) = message else {
+                return Err(code_name(tonic::Code::Unavailable));
+            };
+            match message.event {
+                Some(Event::Delta(delta)) if !delta.token_ids.is_empty() => {
+                    return Ok(Some(delta.token_ids.len() as u32));
+                }
+                Some(Event::Completed(_)) => return Ok(None),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// The outer error only says that there was one.
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut inner = error;
+    while let Some(source) = inner.source() {
+        inner = source;
+    }
+    inner.to_string()
+}
