@@ -20,6 +20,7 @@ use crate::lab::monitoring::{Monitor, Monitoring};
 use crate::lab::output::WholeFile;
 use crate::lab::paired::{AddedRow, PairedOptions, Steps};
 use crate::lab::workload;
+use crate::model::kernels::ComputePool;
 use crate::registry::ModelIds;
 
 /// Writes {"machine","commit","settings","rows","added","prefix","long_prompt","memory","peak_rss_bytes"};

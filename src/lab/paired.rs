@@ -13,7 +13,7 @@ use super::monitoring::{Change, Monitor, Monitoring, POLICY};
 use super::statistics::{Added, Alternation, added};
 use crate::error::{Error, Result};
 use crate::hooks::{HookPlan, HookRun, ProbeStack, Scores};
-use crate::model::kernels::{KV_BLOCK, KvType};
+use crate::model::kernels::{ComputePool, KV_BLOCK, KvType};
 use crate::model::{Batch, Decoder, KvCache, host};
 use crate::policy::{DecisionStep, Policy, PolicyState};
 

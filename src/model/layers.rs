@@ -135,7 +135,11 @@ impl RmsNorm {
         let Some(weight) = &self.on_device else {
             let y = host::read(x, |x| {
                 let mut y = vec![0f32; x.len()];
-                kernels::rms_norm(x, &self.weight, self.eps, &mut y);
+                let width = self.weight.len();
+                kernels::parallel_rows(&mut y, width, |row, y| {
+                    let x = &x[row * width..(row + 1) * width];
+                    kernels::rms_norm(x, &self.weight, self.eps, y);
+                });
                 y
             })?;
             return host::tensor_like(y, x);
@@ -191,10 +195,14 @@ impl Mlp {
 
     fn gated(&self, gate_up: &[f32]) -> Vec<f32> {
         let mut hidden = vec![0f32; gate_up.len() / 2];
-        match self.activation {
-            Activation::Silu => kernels::silu_mul(gate_up, self.d_mlp, &mut hidden),
-            Activation::GeluTanh => kernels::gelu_tanh_mul(gate_up, self.d_mlp, &mut hidden),
-        }
+        let width = self.d_mlp;
+        kernels::parallel_rows(&mut hidden, width, |row, hidden| {
+            let gate_up = &gate_up[row * 2 * width..(row + 1) * 2 * width];
+            match self.activation {
+                Activation::Silu => kernels::silu_mul(gate_up, width, hidden),
+                Activation::GeluTanh => kernels::gelu_tanh_mul(gate_up, width, hidden),
+            }
+        });
         hidden
     }
 }

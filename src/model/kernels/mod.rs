@@ -13,7 +13,7 @@ mod quantised;
 
 pub use attention::{AttentionShape, KV_BLOCK, KvLayer, KvType, SpanRows, attend};
 pub use elementwise::{add_assign, axpy, dot, gelu_tanh_mul, l2_norm, rms_norm, rope, silu_mul};
-pub use pool::{ComputePool, current_threads, parallel};
+pub use pool::{ComputePool, current_threads, parallel, parallel_rows};
 pub use product::{PackedMatrix, WeightFormat};
 pub use quantised::{QUANT_BLOCK, QuantKind, Rounding};
 

@@ -142,6 +142,30 @@ pub fn parallel(pieces: usize, work: impl Fn(usize) + Sync) {
     }
 }
 
+/// Numbers below which rows are worked on by the caller alone.
+const PARALLEL_NUMBERS: usize = 1 << 15;
+
+/// Calls `work` with each row's index and the row, `width` numbers of `out`, shared by the pool
+/// where there are many.
+pub fn parallel_rows(out: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    let rows = out.len() / width.max(1);
+    if out.len() < PARALLEL_NUMBERS {
+        let rows = out.chunks_exact_mut(width).enumerate();
+        return rows.for_each(|(row, out)| work(row, out));
+    }
+    let pieces = (current_threads() * 4).min(rows);
+    let base = super::SharedOut(out.as_mut_ptr());
+    parallel(pieces, |piece| {
+        let base = &base;
+        for row in piece * rows / pieces..(piece + 1) * rows / pieces {
+            // SAFETY: inside `out`, and each row belongs to one piece.
+            #[allow(unsafe_code)]
+            let out = unsafe { std::slice::from_raw_parts_mut(base.0.add(row * width), width) };
+            work(row, out);
+        }
+    });
+}
+
 impl Shared {
     fn share(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime is erased. The job is taken back, and every worker has left,
@@ -263,6 +287,21 @@ mod tests {
                     assert_eq!(counted(pieces), vec![1; pieces]);
                 }
             });
+        }
+    }
+
+    #[test]
+    fn every_row_is_worked_on_once() {
+        let pool = ComputePool::new(3).expect("threads");
+        for (rows, width) in [(0, 7), (3, 7), (5_000, 16)] {
+            let mut out = vec![0f32; rows * width];
+            pool.install(|| {
+                parallel_rows(&mut out, width, |row, out| {
+                    out.iter_mut().for_each(|value| *value += row as f32 + 1.0);
+                });
+            });
+            let expected = (0..rows * width).map(|i| (i / width) as f32 + 1.0);
+            assert!(out.into_iter().eq(expected));
         }
     }
 

@@ -10,7 +10,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::SharedOut;
-use super::pool::{current_threads, parallel};
+use super::pool::{current_threads, parallel, parallel_rows};
 
 /// Inputs that share a scale.
 pub const QUANT_BLOCK: usize = 32;
@@ -334,19 +334,35 @@ impl QuantMatrix {
 /// Each row and, after it, what rounding it to 8 bits leaves over.
 fn with_remainders(x: &[f32], rows: usize, inputs: usize, kind: QuantKind) -> Vec<f32> {
     let rounded = RoundedRows::new(x, rows, inputs, kind);
-    let per_row = rounded.blocks * QUANT_BLOCK;
-    let mut with = Vec::with_capacity(2 * x.len());
-    for (row, x) in x.chunks_exact(inputs).enumerate() {
-        with.extend_from_slice(x);
-        let quants = &rounded.quants[row * per_row..][..inputs];
-        let scales = &rounded.scales[row * rounded.blocks..];
-        let blocks = x.chunks(QUANT_BLOCK).zip(quants.chunks(QUANT_BLOCK));
-        for ((x, quants), scale) in blocks.zip(scales) {
-            let remainders = x.iter().zip(quants);
-            with.extend(remainders.map(|(x, quant)| (-scale).mul_add(f32::from(*quant), *x)));
+    let mut with = vec![0f32; 2 * x.len()];
+    parallel_rows(&mut with, 2 * inputs, |row, with| {
+        let x = &x[row * inputs..(row + 1) * inputs];
+        let (whole, remainders) = with.split_at_mut(inputs);
+        whole.copy_from_slice(x);
+        let quants = &rounded.quants[row * rounded.blocks * QUANT_BLOCK..];
+        remainders_of(
+            x,
+            quants,
+            &rounded.scales[row * rounded.blocks..],
+            remainders,
+        );
+    });
+    with
+}
+
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512vl+avx512bw+avx512dq+fma",
+    "x86_64+avx2+fma",
+    "aarch64+neon"
+))]
+fn remainders_of(x: &[f32], quants: &[i8], scales: &[f32], out: &mut [f32]) {
+    let blocks = x.chunks(QUANT_BLOCK).zip(quants.chunks(QUANT_BLOCK));
+    let blocks = blocks.zip(out.chunks_mut(QUANT_BLOCK));
+    for (((x, quants), out), scale) in blocks.zip(scales) {
+        for ((out, x), quant) in out.iter_mut().zip(x).zip(quants) {
+            *out = (-*scale).mul_add(f32::from(*quant), *x);
         }
     }
-    with
 }
 
 fn put(kind: QuantKind, record: &mut [u8], column: usize, block: &Block) {
@@ -466,7 +482,7 @@ impl RoundedRows {
 
 /// One row, block by block. A block that holds no finite number makes everything not a number.
 #[multiversion::multiversion(targets(
-    "x86_64+avx512f+avx512vl+avx512bw+avx512dq",
+    "x86_64+avx512f+avx512vl+avx512bw+avx512dq+fma",
     "x86_64+avx2+fma",
     "aarch64+neon"
 ))]
@@ -482,22 +498,24 @@ fn round_row(
         let source = &x[block * QUANT_BLOCK..x.len().min((block + 1) * QUANT_BLOCK)];
         let mut values = [0f32; QUANT_BLOCK];
         values[..source.len()].copy_from_slice(source);
+        // Loops, not closures: those would be compiled without the target's features.
         // Without their signs, the bits of numbers are in the numbers' order.
-        let sizes = values.map(|value| value.to_bits() & 0x7fff_ffff);
-        let most = f32::from_bits(sizes.iter().fold(0, |most, size| most.max(*size)));
+        let mut most = 0u32;
+        for value in values {
+            most = most.max(value.to_bits() & 0x7fff_ffff);
+        }
+        let most = f32::from_bits(most);
         let inverse = 127.0 / most;
         // No numbers, or so small that the inverse overflows: a block of zeros.
         let inverse = if inverse.is_finite() { inverse } else { 0.0 };
         // Added to this, a small number keeps its nearest whole in the low bits, ties to even.
         const ROUND: f32 = 12_582_912.0;
-        let rounded = values.map(|value| {
-            (value.mul_add(inverse, ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32)
-        });
-        let total = rounded
-            .iter()
-            .fold(0i32, |sum, value| sum.wrapping_add(*value));
-        for (quant, value) in quants.iter_mut().zip(rounded) {
-            *quant = value as i8;
+        let mut total = 0i32;
+        for (quant, value) in quants.iter_mut().zip(values) {
+            let rounded = value.mul_add(inverse, ROUND).to_bits() as i32;
+            let rounded = rounded.wrapping_sub(ROUND.to_bits() as i32);
+            total = total.wrapping_add(rounded);
+            *quant = rounded as i8;
         }
         let scale = if most.is_finite() {
             most / 127.0
@@ -732,9 +750,10 @@ mod vnni {
             // SAFETY: `block` is inside the panel and inside each row.
             unsafe {
                 let record = panel.as_ptr().add(block * KIND.record());
-                let mut sums: [[__m512i; 2]; R] = std::array::from_fn(|row| {
-                    [_mm512_set1_epi32(*rows.offsets[row].add(block)); 2]
-                });
+                let mut sums = [[_mm512_setzero_si512(); 2]; R];
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    *sums = [_mm512_set1_epi32(*rows.offsets[row].add(block)); 2];
+                }
                 for group in 0..GROUPS {
                     let a = _mm512_loadu_si512(record.add(group * 128).cast());
                     let b = _mm512_loadu_si512(record.add(group * 128 + 64).cast());
