@@ -41,7 +41,7 @@ pub async fn generate(
             mode: Some(options.mode),
             policy: options.policy.clone(),
             // The last token is read too, though no rule waits for it.
-            return_scores: true,
+            return_scores: options.mode != Mode::Off,
             hold_back: None,
         },
         ..draft(row)

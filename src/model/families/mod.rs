@@ -102,15 +102,20 @@ impl Loader<'_> {
     fn attention(&self, layer: usize) -> Result<Attention> {
         let at = |part: &str| format!("model.layers.{layer}.self_attn.{part}");
         let (d_model, q, kv) = self.widths();
+        let qkv = [
+            (&*at("q_proj"), q),
+            (&at("k_proj"), kv),
+            (&at("v_proj"), kv),
+        ];
+        let o_proj = self.linear(&[(&at("o_proj"), d_model)], q)?;
         Ok(Attention {
-            qkv_proj: self.linear(
-                &[(&at("q_proj"), q), (&at("k_proj"), kv), (&at("v_proj"), kv)],
-                d_model,
-            )?,
+            qkv_proj: self
+                .linear(&qkv, d_model)?
+                .with_inputs_rounded(Rounding::Twice),
             qkv_bias: None,
             q_norm: None,
             k_norm: None,
-            o_proj: self.linear(&[(&at("o_proj"), d_model)], q)?,
+            o_proj: o_proj.with_inputs_rounded(Rounding::Twice),
             shape: attention_shape(self.config, layer),
         })
     }

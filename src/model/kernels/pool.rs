@@ -166,6 +166,16 @@ pub fn parallel_rows(out: &mut [f32], width: usize, work: impl Fn(usize, &mut [f
     });
 }
 
+/// Between two looks: a moment, and from some looks on whoever else wants this core goes first.
+fn look_away(looks: &mut usize) {
+    *looks += 1;
+    if *looks % 256 == 0 {
+        std::thread::yield_now();
+    } else {
+        std::hint::spin_loop();
+    }
+}
+
 impl Shared {
     fn share(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime is erased. The job is taken back, and every worker has left,
@@ -186,8 +196,9 @@ impl Shared {
         }
         self.take_pieces(job);
         self.epoch.fetch_add(1, Ordering::SeqCst);
+        let mut looks = 0;
         while self.inside.load(Ordering::SeqCst) > 0 {
-            std::hint::spin_loop();
+            look_away(&mut looks);
         }
         *self.job.lock().unwrap_or_else(PoisonError::into_inner) = None;
         if self.panicked.swap(false, Ordering::SeqCst) {
@@ -239,11 +250,12 @@ impl Shared {
             (new || self.closing.load(Ordering::Relaxed)).then_some(epoch)
         };
         loop {
-            for _ in 0..LOOKS {
+            let mut looks = 0;
+            while looks < LOOKS {
                 if let Some(epoch) = open() {
                     return epoch;
                 }
-                std::hint::spin_loop();
+                look_away(&mut looks);
             }
             let bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
             self.sleepers.fetch_add(1, Ordering::SeqCst);
