@@ -129,7 +129,7 @@ async fn measure_quality(args: QualityArgs) -> Result<Exit> {
     file.map(WholeFile::finish).transpose()?;
     note(&format!(
         "{} tokens, weights {}, kv {}: perplexity {:.4} for {:.4} ({:+.2} %), KL {:.5} nats, \
-         the same token first {:.2} %, least cosine of a layer {:.6}; {} the bounds",
+         the same token first {:.2} %, least cosine of a layer {:.6}; {}",
         quality.tokens,
         quality.weights,
         quality.kv,
@@ -139,10 +139,9 @@ async fn measure_quality(args: QualityArgs) -> Result<Exit> {
         quality.mean_kl,
         100.0 * quality.top1_agreement,
         quality.least_cosine,
-        if quality.within_bounds() {
-            "within"
-        } else {
-            "outside"
+        match quality.beyond().as_slice() {
+            [] => "within the bounds".to_owned(),
+            beyond => format!("not kept: {}", beyond.join(", ")),
         },
     ));
     Ok(Exit::Done)

@@ -54,6 +54,9 @@ pub(super) struct Args {
     /// Share of calls that score a prompt instead of asking for an answer, 0 to 1
     #[arg(long, default_value = "0", value_name = "SHARE", value_parser = share)]
     score: f64,
+    /// Send prompts as they are, without the model's chat template
+    #[arg(long)]
+    raw: bool,
     /// off, shadow or enforce [default: the server's]
     #[arg(long)]
     mode: Option<Mode>,
@@ -110,7 +113,8 @@ pub(super) async fn run(args: Args) -> Result<Exit> {
     let client = LoadClient::connect(&args.url, connections, args.mode, args.policy.as_deref());
     let client = client
         .await
-        .map_err(|error| Error::Unavailable(error.to_string()))?;
+        .map_err(|error| Error::Unavailable(error.to_string()))?
+        .without_template(args.raw);
 
     let plan = args.options().plan();
     let mut progress = Progress::new("calls");

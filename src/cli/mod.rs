@@ -59,7 +59,7 @@ enum Command {
     /// Fit a probe, or show one
     #[command(subcommand)]
     Probe(probe::Command),
-    /// Fit refusal heads and steering vectors
+    /// Fit refusal heads and steering vectors, and measure what a number format costs
     #[command(subcommand)]
     Lab(lab::Command),
     /// Measure the engine in this process, and what monitoring adds to a step

@@ -38,12 +38,25 @@ pub struct Quality {
 }
 
 impl Quality {
-    /// Whether a format that does this may be chosen automatically.
-    pub fn within_bounds(&self) -> bool {
-        self.perplexity <= 1.01 * self.reference_perplexity
-            && self.mean_kl <= 0.01
-            && self.top1_agreement >= 0.97
-            && self.least_cosine >= 0.999
+    /// Bounds that this does not keep; a format that keeps all may be chosen automatically.
+    pub fn beyond(&self) -> Vec<&'static str> {
+        let kept = [
+            (
+                self.perplexity <= 1.01 * self.reference_perplexity,
+                "perplexity at most 1 % higher",
+            ),
+            (self.mean_kl <= 0.01, "KL at most 0.01 nats"),
+            (
+                self.top1_agreement >= 0.97,
+                "the same token first at 97 % of positions",
+            ),
+            (
+                self.least_cosine >= 0.999,
+                "cosine at least 0.999 after every layer",
+            ),
+        ];
+        let beyond = kept.into_iter().filter(|(kept, _)| !kept);
+        beyond.map(|(_, bound)| bound).collect()
     }
 }
 
@@ -251,7 +264,7 @@ mod tests {
             cosines: vec![0.9995],
             least_cosine: 0.9995,
         };
-        assert!(good.within_bounds());
+        assert!(good.beyond().is_empty());
         for change in [
             |q: &mut Quality| q.perplexity = 10.2,
             |q: &mut Quality| q.mean_kl = 0.02,
@@ -261,7 +274,7 @@ mod tests {
         ] {
             let mut changed = good.clone();
             change(&mut changed);
-            assert!(!changed.within_bounds());
+            assert_eq!(changed.beyond().len(), 1);
         }
     }
 }

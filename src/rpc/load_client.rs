@@ -25,6 +25,7 @@ pub struct LoadClient {
     connections: Vec<GenerationServiceClient<Channel>>,
     next: AtomicUsize,
     monitor: proto::MonitorOptions,
+    raw: bool,
 }
 
 impl LoadClient {
@@ -53,6 +54,7 @@ impl LoadClient {
         Ok(Self {
             connections: clients,
             next: AtomicUsize::new(0),
+            raw: false,
             monitor: proto::MonitorOptions {
                 mode: match mode {
                     None => proto::MonitorMode::Unspecified,
@@ -65,6 +67,11 @@ impl LoadClient {
                 ..proto::MonitorOptions::default()
             },
         })
+    }
+
+    /// Sends prompts as they are instead of as a chat's user turn: not every model has a template.
+    pub fn without_template(self, raw: bool) -> Self {
+        Self { raw, ..self }
     }
 
     /// Asks for an answer as it is released. Dropping what comes back hangs up.
@@ -101,9 +108,17 @@ impl LoadClient {
     }
 
     fn input(&self, prompt: &str) -> proto::GenerationInput {
-        // Raw text, since not every model has a template.
+        let prompt = match self.raw {
+            true => Prompt::RawText(prompt.to_owned()),
+            false => Prompt::Chat(proto::ChatPrompt {
+                messages: vec![proto::ChatMessage {
+                    role: "user".into(),
+                    content: prompt.to_owned(),
+                }],
+            }),
+        };
         proto::GenerationInput {
-            prompt: Some(Prompt::RawText(prompt.to_owned())),
+            prompt: Some(prompt),
             monitor: Some(self.monitor.clone()),
             ..proto::GenerationInput::default()
         }

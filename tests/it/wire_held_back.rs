@@ -180,17 +180,22 @@ async fn check_all_ways(
 
 /// The row that `inwit generate` writes to a file; it has no word for a caller's own hold-back.
 async fn offline_row(server: &Server, input: &GenerationInput) -> Option<Value> {
+    let holds = input.monitor.as_ref().and_then(|m| m.hold_back);
+    match holds {
+        Some(_) => None,
+        None => Some(row_of(server, input, Mode::Enforce).await),
+    }
+}
+
+async fn row_of(server: &Server, input: &GenerationInput, mode: Mode) -> Value {
     use inwit::rpc::proto::generation_input::Prompt;
     let Some(Prompt::RawText(text)) = &input.prompt else {
         panic!("these prompts are raw text");
     };
     let sampling = input.sampling.clone().unwrap();
     let monitor = input.monitor.clone().unwrap_or_default();
-    if monitor.hold_back.is_some() {
-        return None;
-    }
     let options = answer::Options {
-        mode: Mode::Enforce,
+        mode,
         policy: (!monitor.policy.is_empty()).then_some(monitor.policy),
         sampling: SamplingDraft {
             max_tokens: sampling.max_tokens,
@@ -214,7 +219,7 @@ async fn offline_row(server: &Server, input: &GenerationInput) -> Option<Value> 
         .await
         .unwrap();
     let row = std::fs::read(&out).unwrap();
-    Some(serde_json::from_slice(&row).unwrap())
+    serde_json::from_slice(&row).unwrap()
 }
 
 /// The same answer as the wire's, an abort before the first token included.
@@ -302,6 +307,18 @@ fn check_refused(before: &Answer, all: &Answer, case: &str) {
     let left = !before.token_ids.is_empty() || !before.text.is_empty();
     assert_eq!(retract.is_some(), left, "{case}");
     assert!(retract.is_none() || retract > verdict, "{case}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unwatched_row_is_the_plain_answer_without_scores() {
+    let server = start().await;
+    let mut client = server.generation().await;
+    let mut input = raw(PROMPT, LENGTH);
+    input.monitor.get_or_insert_default().mode = MonitorMode::Off.into();
+    let plain = unary(&mut client, input.clone()).await.unwrap();
+    let row = row_of(&server, &input, Mode::Off).await;
+    assert_eq!(row["token_ids"], json!(plain.token_ids));
+    assert_eq!(row["scores"], json!({}));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -169,7 +169,7 @@ pub fn parallel_rows(out: &mut [f32], width: usize, work: impl Fn(usize, &mut [f
 /// Between two looks: a moment, and from some looks on whoever else wants this core goes first.
 fn look_away(looks: &mut usize) {
     *looks += 1;
-    if *looks % 256 == 0 {
+    if looks.is_multiple_of(256) {
         std::thread::yield_now();
     } else {
         std::hint::spin_loop();
