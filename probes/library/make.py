@@ -11,6 +11,7 @@ Every choice here is made on training rows; no test file is read.
 
 import argparse
 import json
+import os
 import random
 import re
 import subprocess
@@ -44,7 +45,10 @@ def main():
         (OUT / folder).mkdir(parents=True, exist_ok=True)
 
     def inwit(*words):
-        subprocess.run([arguments.inwit, *map(str, words), "--max-running", "32"], check=True)
+        # In f32, so that the files are the same on machines whose kernels round otherwise; not as a
+        # flag, which the records would hold.
+        exact = {**os.environ, "INWIT_WEIGHTS": "f32"}
+        subprocess.run([arguments.inwit, *map(str, words), "--max-running", "32"], check=True, env=exact)
 
     own = [row for name in ("contrast", "harmful_general", "benign_general") for row in read(DATA / f"{name}.jsonl")]
     write(work / "own.jsonl", own)

@@ -236,11 +236,12 @@ fn described(manifest: &Manifest) -> String {
         let interval = metric
             .interval
             .map(|[low, high]| format!("{low:.4} to {high:.4}"));
-        metrics.add_row([
-            name,
-            &format!("{:.4}", metric.value),
-            &interval.unwrap_or_default(),
-        ]);
+        let is_count = metric.interval.is_none() && metric.value.fract() == 0.0;
+        let value = match is_count {
+            true => format!("{:.0}", metric.value),
+            false => format!("{:.4}", metric.value),
+        };
+        metrics.add_row([name, &value, &interval.unwrap_or_default()]);
     }
 
     let mut thresholds = table(&[
@@ -268,8 +269,10 @@ fn described(manifest: &Manifest) -> String {
             ]);
         }
     }
-    let [facts, metrics, thresholds] = [facts, metrics, thresholds].map(|table| table.trim_fmt());
-    format!("{facts}\n\n{metrics}\n\n{thresholds}\n")
+    let tables = [facts, metrics, thresholds].into_iter();
+    let filled = tables.filter(|table| !table.is_empty());
+    let texts: Vec<String> = filled.map(|table| table.trim_fmt()).collect();
+    format!("{}\n", texts.join("\n\n"))
 }
 
 fn table(header: &[&str]) -> Table {

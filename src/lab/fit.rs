@@ -488,15 +488,19 @@ impl<'a> Work<'a> {
             .ok()
         };
         let ranked = (auroc(logits, y).map_err(unfit)?, interval(&auroc));
-        let at_one_percent = |logits: &[f32], y: &[bool]| tpr_at_fpr(logits, y, 0.01);
-        let caught = (
-            at_one_percent(logits, y).map_err(unfit)?,
-            interval(&at_one_percent),
-        );
         self.metric(
             &format!("held_out_auroc_{}", plain(gather)),
             ranked.0,
             ranked.1,
+        );
+        // With fewer than a hundred, one in a hundred is none.
+        if y.iter().filter(|positive| !**positive).count() < 100 {
+            return Ok(());
+        }
+        let at_one_percent = |logits: &[f32], y: &[bool]| tpr_at_fpr(logits, y, 0.01);
+        let caught = (
+            at_one_percent(logits, y).map_err(unfit)?,
+            interval(&at_one_percent),
         );
         self.metric(
             &format!("held_out_tpr_at_fpr_0.01_{}", plain(gather)),
