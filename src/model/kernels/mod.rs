@@ -38,8 +38,19 @@ pub fn identity() -> &'static str {
 
 /// A pointer to disjoint parts of one output, handed to the threads of one product.
 /// Each caller proves that its parts do not overlap.
-struct SharedOut(*mut f32);
+struct SharedOut<T>(*mut T);
 
 // SAFETY: the pointer is only used to form slices that do not overlap between threads.
 #[allow(unsafe_code)]
-unsafe impl Sync for SharedOut {}
+unsafe impl<T: Send> Sync for SharedOut<T> {}
+
+/// Hands each of `values`, rows from `first` on, to `store`.
+fn emit<const R: usize, const PANEL: usize>(
+    first: usize,
+    values: &[[f32; PANEL]; R],
+    store: &mut impl FnMut(usize, &[f32; PANEL]),
+) {
+    for (offset, values) in values.iter().enumerate() {
+        store(first + offset, values);
+    }
+}

@@ -85,10 +85,6 @@ impl ComputePool {
         Ok(pool)
     }
 
-    pub fn threads(&self) -> usize {
-        self.shared.threads
-    }
-
     /// Runs `f` on this thread; what it calls `parallel` for is shared by the pool.
     pub fn install<T>(&self, f: impl FnOnce() -> T) -> T {
         struct Restore(Option<Arc<Shared>>);

@@ -4,9 +4,9 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::SharedOut;
 use super::pool::{current_threads, parallel};
 use super::quantised::{QuantKind, QuantMatrix, Rounding};
+use super::{SharedOut, emit};
 
 /// Outputs per panel: four AVX-512 registers, eight AVX2 ones.
 const PANEL: usize = 64;
@@ -126,10 +126,6 @@ impl PackedMatrix {
         self.outputs
     }
 
-    pub fn inputs(&self) -> usize {
-        self.inputs
-    }
-
     pub fn bytes(&self) -> usize {
         match &self.panels {
             Panels::F32(panels) => panels.len() * 4,
@@ -242,16 +238,6 @@ fn panel_rows<W: Weight>(
             _ => emit(row, &tile::<W, 6>(panel, x, inputs), &mut store),
         }
         row += step;
-    }
-}
-
-fn emit<const R: usize>(
-    first: usize,
-    values: &[[f32; PANEL]; R],
-    store: &mut impl FnMut(usize, &[f32; PANEL]),
-) {
-    for (offset, values) in values.iter().enumerate() {
-        store(first + offset, values);
     }
 }
 

@@ -9,8 +9,8 @@
 use half::f16;
 use rayon::prelude::*;
 
-use super::SharedOut;
 use super::pool::{current_threads, parallel, parallel_rows};
+use super::{SharedOut, emit};
 
 /// Inputs that share a scale.
 pub const QUANT_BLOCK: usize = 32;
@@ -446,10 +446,10 @@ impl RoundedRows {
             QuantKind::Q4_1 => 0,
             QuantKind::Q8_0 => -128,
         };
-        let quants = SharedBytes(rounded.quants.as_mut_ptr());
+        let quants = SharedOut(rounded.quants.as_mut_ptr());
         let [scales, sums] =
             [&mut rounded.scales, &mut rounded.sums].map(|v| SharedOut(v.as_mut_ptr()));
-        let offsets = SharedSums(rounded.offsets.as_mut_ptr());
+        let offsets = SharedOut(rounded.offsets.as_mut_ptr());
         let round_row = |row: usize| {
             let (quants, scales, sums, offsets) = (&quants, &scales, &sums, &offsets);
             let x = &x[row * inputs..(row + 1) * inputs];
@@ -528,16 +528,6 @@ fn round_row(
     }
 }
 
-/// As `SharedOut`, for other numbers.
-struct SharedBytes(*mut i8);
-struct SharedSums(*mut i32);
-
-// SAFETY: the pointers are only used to form slices that do not overlap between threads.
-#[allow(unsafe_code)]
-unsafe impl Sync for SharedBytes {}
-#[allow(unsafe_code)]
-unsafe impl Sync for SharedSums {}
-
 /// All rows of `x` against one panel. How many rows share a load changes no bit.
 fn panel_rows(
     kind: QuantKind,
@@ -560,16 +550,6 @@ fn panel_rows(
             _ => emit(row, &tile::<6>(kind, panel, x, row), &mut store),
         }
         row += step;
-    }
-}
-
-fn emit<const R: usize>(
-    first: usize,
-    values: &[[f32; PANEL]; R],
-    store: &mut impl FnMut(usize, &[f32; PANEL]),
-) {
-    for (offset, values) in values.iter().enumerate() {
-        store(first + offset, values);
     }
 }
 
