@@ -63,7 +63,15 @@ fn attention(c: &mut Criterion) {
             let q = numbers(streams * shape.heads * shape.head_dim);
             let name = format!("{kv_type}/{streams}x{positions}");
             group.bench_function(name, |b| {
-                b.iter(|| attend(black_box(&q), &shape, &kv, &spans));
+                b.iter(|| {
+                    attend(
+                        black_box(&q),
+                        shape.heads * shape.head_dim,
+                        &shape,
+                        &kv,
+                        &spans,
+                    )
+                });
             });
         }
     }

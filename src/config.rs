@@ -32,7 +32,7 @@ const DEFAULTS: [(&str, &str); 22] = [
     ("overrides", "refuse"),
     ("library", "shipped"),
     ("weights", "auto"),
-    ("kv", "f32"),
+    ("kv", "auto"),
     ("device", "cpu"),
     ("threads", "auto"),
     ("max_running", "16"),
@@ -241,7 +241,7 @@ choice!(
 );
 choice!(
     /// How to hold keys and values.
-    KvType { F32 = "f32", Bf16 = "bf16" }
+    KvType { Auto = "auto", F32 = "f32", Bf16 = "bf16" }
 );
 choice!(
     /// How log lines look.
@@ -729,7 +729,7 @@ mod tests {
         let from_file = message(load(Flags::default(), &[], Some("kv = \"f16\"")));
         assert!(from_file.starts_with("kv in "), "{from_file}");
         assert!(
-            from_file.contains("inwit.toml is `f16`: must be one of f32, bf16"),
+            from_file.contains("inwit.toml is `f16`: must be one of auto, f32, bf16"),
             "{from_file}"
         );
     }

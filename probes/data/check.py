@@ -194,8 +194,8 @@ def check_held_out(files, faults):
 
 def check_perplexity_text(faults):
     words = len((HERE / "perplexity.txt").read_text(encoding="utf-8").split())
-    if words < 2800:
-        faults.append(f"perplexity.txt: {words} words, at least 2800 expected")
+    if words < 10000:
+        faults.append(f"perplexity.txt: {words} words, at least 10000 expected")
     print(f"{'perplexity.txt':32} {words:5} words")
 
 

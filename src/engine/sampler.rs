@@ -14,6 +14,7 @@ use rand_chacha::{
 };
 
 use crate::error::{Error, Result};
+use crate::model::kernels;
 
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 256;
@@ -351,17 +352,8 @@ fn check_stop_token_ids(field: &str, ids: &[u32], vocab_size: usize) -> Result<(
 
 /// The first of the highest logits, and its token.
 fn highest(logits: &[f32]) -> Result<(u32, f32)> {
-    // Sixteen running maxima, because one would make each comparison wait for the last.
-    let mut maxima = [f32::NEG_INFINITY; 16];
-    let mut nan = [false; 16];
-    for chunk in logits.chunks(16) {
-        for ((max, nan), &logit) in maxima.iter_mut().zip(&mut nan).zip(chunk) {
-            *max = if logit > *max { logit } else { *max };
-            *nan |= logit.is_nan();
-        }
-    }
-    let max = maxima.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    if nan.contains(&true) {
+    let max = kernels::highest(logits);
+    if max.is_nan() {
         return Err(Error::internal("a logit is NaN"));
     }
     if !max.is_finite() {

@@ -4,10 +4,10 @@ use candle_core::{D, DType, Device, Tensor};
 
 use super::batch::Batch;
 use super::host;
-use super::kernels::{AttentionShape, KV_BLOCK, KvLayer, SpanRows, attend};
+use super::kernels::{AttentionShape, KV_BLOCK, KvLayer, SpanRows, attend, fill_rows};
 use super::kv::{KvStore, load_dense, slots, store_dense};
 use super::layers::{Linear, RmsNorm, RopeRows};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 pub struct Attention {
     /// q, k and v in one product: `[(heads + 2 kv_heads) * head_dim, d_model]`.
@@ -31,13 +31,18 @@ impl Attention {
         rope: &RopeRows,
         kv: &mut KvStore,
     ) -> Result<Tensor> {
-        let qkv = self.qkv_proj.forward(x)?;
-        let mixed = match kv {
-            KvStore::Packed(layer) => {
-                let mixed = host::read(&qkv, |qkv| self.on_host(qkv.to_vec(), batch, rope, layer))?;
-                host::matrix(mixed, self.q_width())?
+        let mixed = match (&self.qkv_proj, kv) {
+            (Linear::Packed(qkv_proj), KvStore::Packed(layer)) => {
+                let qkv = host::read(x, |x| qkv_proj.product(x))?;
+                host::matrix(self.on_host(qkv, batch, rope, layer), self.q_width())?
             }
-            KvStore::Dense { keys, values } => self.on_device(&qkv, batch, rope, keys, values)?,
+            (_, KvStore::Dense { keys, values }) => {
+                let qkv = self.qkv_proj.forward(x)?;
+                self.on_device(&qkv, batch, rope, keys, values)?
+            }
+            (Linear::Dense(_), KvStore::Packed(_)) => {
+                return Err(Error::internal("weights and cache are on one device"));
+            }
         };
         self.o_proj.forward(&mixed)
     }
@@ -58,24 +63,15 @@ impl Attention {
         layer: &mut KvLayer,
     ) -> Vec<f32> {
         let (q_width, kv_width) = (self.q_width(), self.kv_width());
-        let mut queries = Vec::with_capacity(batch.rows() * q_width);
-        let rows = qkv.chunks_exact_mut(q_width + 2 * kv_width);
-        for ((row, qkv), (block, slot)) in rows.enumerate().zip(batch.slots()) {
-            if let Some(bias) = &self.qkv_bias {
-                super::kernels::add_assign(qkv, bias);
+        let width = q_width + 2 * kv_width;
+        fill_rows(&mut qkv, width, |first, rows| {
+            for (row, qkv) in rows.chunks_exact_mut(width).enumerate() {
+                self.turn(first + row, qkv, rope);
             }
-            let (q, kv) = qkv.split_at_mut(q_width);
-            let (k, v) = kv.split_at_mut(kv_width);
-            if let Some(norm) = &self.q_norm {
-                norm.forward_host(q);
-            }
-            if let Some(norm) = &self.k_norm {
-                norm.forward_host(k);
-            }
-            rope.rotate(row, q);
-            rope.rotate(row, k);
+        });
+        for (qkv, (block, slot)) in qkv.chunks_exact(width).zip(batch.slots()) {
+            let (k, v) = qkv[q_width..].split_at(kv_width);
             layer.write(&self.shape, block, slot, k, v);
-            queries.extend_from_slice(q);
         }
         let spans: Vec<SpanRows<'_>> = batch
             .spans
@@ -87,7 +83,24 @@ impl Attention {
                 blocks: &span.blocks,
             })
             .collect();
-        attend(&queries, &self.shape, layer, &spans)
+        attend(&qkv, width, &self.shape, layer, &spans)
+    }
+
+    /// Bias, norms and rotation of one row of q, k and v.
+    fn turn(&self, row: usize, qkv: &mut [f32], rope: &RopeRows) {
+        if let Some(bias) = &self.qkv_bias {
+            super::kernels::add_assign(qkv, bias);
+        }
+        let (q, kv) = qkv.split_at_mut(self.q_width());
+        let k = &mut kv[..self.kv_width()];
+        if let Some(norm) = &self.q_norm {
+            norm.forward_host(q);
+        }
+        if let Some(norm) = &self.k_norm {
+            norm.forward_host(k);
+        }
+        rope.rotate(row, q);
+        rope.rotate(row, k);
     }
 
     fn on_device(

@@ -9,7 +9,7 @@ use super::attention::Attention;
 use super::batch::Batch;
 use super::config::ModelConfig;
 use super::host;
-use super::kernels::{add_assign, dot};
+use super::kernels::{add, dot, new_rows};
 use super::kv::KvCache;
 use super::layers::{Linear, Mlp, Placement, RmsNorm, RopeRows};
 use crate::error::{Error, Result};
@@ -103,9 +103,11 @@ impl Decoder {
         }
         let sum = host::read(b, |b| {
             host::read(&a, |a| {
-                let mut sum = a.to_vec();
-                add_assign(&mut sum, b);
-                sum
+                let width = self.config.d_model;
+                new_rows(a.len() / width, width, |first, sum| {
+                    let range = first * width..first * width + sum.len();
+                    add(&a[range.clone()], &b[range], sum);
+                })
             })
         })??;
         host::tensor_like(sum, &a)

@@ -1,10 +1,12 @@
 //! The parts of a transformer block, each as a paper writes it.
 //! Knows weights and rows; knows no families, no requests and no hooks.
 
+use std::cell::Cell;
+
 use candle_core::{D, Device, Tensor};
 
 use super::host;
-use super::kernels::{self, PackedMatrix, Rounding, WeightFormat};
+use super::kernels::{self, PackedMatrix, ROWS_PER_THREAD, Rounding, WeightFormat};
 use crate::error::Result;
 
 /// `y = x W^T`. On a CPU the weight is packed for our kernel, elsewhere it is a tensor.
@@ -134,13 +136,11 @@ impl RmsNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Some(weight) = &self.on_device else {
             let y = host::read(x, |x| {
-                let mut y = vec![0f32; x.len()];
                 let width = self.weight.len();
-                kernels::parallel_rows(&mut y, width, |row, y| {
-                    let x = &x[row * width..(row + 1) * width];
+                kernels::new_rows(x.len() / width, width, |first, y| {
+                    let x = &x[first * width..first * width + y.len()];
                     kernels::rms_norm(x, &self.weight, self.eps, y);
-                });
-                y
+                })
             })?;
             return host::tensor_like(y, x);
         };
@@ -174,37 +174,59 @@ pub use super::config::Activation;
 impl Mlp {
     /// `[rows, d_model]` -> `[rows, d_model]`
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let (Linear::Packed(gate_up), Linear::Packed(down)) =
+            (&self.gate_up_proj, &self.down_proj)
+        {
+            let y = host::read(x, |x| self.on_host(x, gate_up, down))?;
+            return host::matrix(y, down.outputs());
+        }
         let gate_up = self.gate_up_proj.forward(x)?;
-        let hidden = match self.gate_up_proj {
-            Linear::Packed(_) => {
-                let hidden = host::read(&gate_up, |gate_up| self.gated(gate_up))?;
-                host::matrix(hidden, self.d_mlp)?
-            }
-            Linear::Dense(_) => {
-                let gate = gate_up.narrow(1, 0, self.d_mlp)?;
-                let up = gate_up.narrow(1, self.d_mlp, self.d_mlp)?;
-                let gate = match self.activation {
-                    Activation::Silu => gate.silu()?,
-                    Activation::GeluTanh => gate.gelu()?,
-                };
-                (gate * up)?
-            }
+        let gate = gate_up.narrow(1, 0, self.d_mlp)?;
+        let up = gate_up.narrow(1, self.d_mlp, self.d_mlp)?;
+        let gate = match self.activation {
+            Activation::Silu => gate.silu()?,
+            Activation::GeluTanh => gate.gelu()?,
         };
-        self.down_proj.forward(&hidden)
+        self.down_proj.forward(&(gate * up)?)
     }
 
-    fn gated(&self, gate_up: &[f32]) -> Vec<f32> {
-        let mut hidden = vec![0f32; gate_up.len() / 2];
+    fn on_host(&self, x: &[f32], gate_up: &PackedMatrix, down: &PackedMatrix) -> Vec<f32> {
+        let (inputs, outputs) = (gate_up.inputs(), down.outputs());
+        let rows = x.len() / inputs;
+        if rows < ROWS_PER_THREAD * kernels::current_threads() {
+            let mut y = vec![0f32; rows * outputs];
+            self.rows_on_host(x, gate_up, down, &mut y);
+            return y;
+        }
+        kernels::new_rows_in_pieces(rows, outputs, ROWS_PER_THREAD, |first, y| {
+            let count = y.len() / outputs;
+            let x = &x[first * inputs..(first + count) * inputs];
+            self.rows_on_host(x, gate_up, down, y);
+        })
+    }
+
+    fn rows_on_host(&self, x: &[f32], gate_up: &PackedMatrix, down: &PackedMatrix, y: &mut [f32]) {
+        let rows = x.len() / gate_up.inputs();
+        let (mut both, mut hidden) = HIDDEN.take();
+        both.resize(rows * 2 * self.d_mlp, 0.0);
+        hidden.resize(rows * self.d_mlp, 0.0);
+        gate_up.product_into(x, &mut both);
         let width = self.d_mlp;
-        kernels::parallel_rows(&mut hidden, width, |row, hidden| {
-            let gate_up = &gate_up[row * 2 * width..(row + 1) * 2 * width];
+        kernels::fill_rows(&mut hidden, width, |first, hidden| {
+            let both = &both[2 * first * width..2 * (first * width + hidden.len())];
             match self.activation {
-                Activation::Silu => kernels::silu_mul(gate_up, width, hidden),
-                Activation::GeluTanh => kernels::gelu_tanh_mul(gate_up, width, hidden),
+                Activation::Silu => kernels::silu_mul(both, width, hidden),
+                Activation::GeluTanh => kernels::gelu_tanh_mul(both, width, hidden),
             }
         });
-        hidden
+        down.product_into(&hidden, y);
+        HIDDEN.set((both, hidden));
     }
+}
+
+thread_local! {
+    /// What the last rows were between the two products: the memory serves the next.
+    static HIDDEN: Cell<(Vec<f32>, Vec<f32>)> = const { Cell::new((Vec::new(), Vec::new())) };
 }
 
 /// Cosines and sines of one batch's positions, `[rows, head_dim / 2]` each.

@@ -5,6 +5,8 @@
 //! Every (row, head) is its own chain over absolute positions: neither chunking nor batching of
 //! the rows can change a bit.
 
+use std::ops::Range;
+
 use half::bf16;
 use multiversion::multiversion;
 
@@ -171,20 +173,28 @@ pub struct SpanRows<'a> {
     pub blocks: &'a [u32],
 }
 
-/// `q`: `[rows, heads, head_dim]` -> `[rows, heads, head_dim]`. K and V of every row must already
-/// be stored.
+/// Rows of `width` numbers in `q`, each of which begins with `[heads, head_dim]` ->
+/// `[rows, heads, head_dim]`. K and V of every row must already be stored.
 pub fn attend(
     q: &[f32],
+    width: usize,
     shape: &AttentionShape,
     layer: &KvLayer,
     spans: &[SpanRows<'_>],
 ) -> Vec<f32> {
-    let mut out = vec![0f32; q.len()];
+    let q = &Queries { numbers: q, width };
+    let mut out = vec![0f32; q.numbers.len() / width * shape.heads * shape.head_dim];
     match layer {
         KvLayer::F32(store) => attend_store(q, shape, store, spans, &mut out),
         KvLayer::Bf16(store) => attend_store(q, shape, store, spans, &mut out),
     }
     out
+}
+
+struct Queries<'a> {
+    numbers: &'a [f32],
+    /// Numbers from one row to the next.
+    width: usize,
 }
 
 /// One unit of work: some rows of one span, one kv head.
@@ -200,7 +210,7 @@ struct Task<'a> {
 const PARALLEL_WORK: usize = 1 << 16;
 
 fn attend_store<T: Stored>(
-    q: &[f32],
+    q: &Queries<'_>,
     shape: &AttentionShape,
     store: &Store<T>,
     spans: &[SpanRows<'_>],
@@ -257,7 +267,7 @@ fn attend_store<T: Stored>(
 }
 
 fn attend_queries<T: Stored>(
-    q: &[f32],
+    q: &Queries<'_>,
     shape: &AttentionShape,
     store: &Store<T>,
     task: &Task<'_>,
@@ -281,7 +291,7 @@ fn attend_queries<T: Stored>(
     // Absent queries repeat the first: same cost, one code path.
     let tile: [&[f32]; QUERIES] = std::array::from_fn(|i| {
         let (row, head) = queries[if i < queries.len() { i } else { 0 }];
-        &q[((span.first_row + row) * shape.heads + head) * dim..][..dim]
+        &q.numbers[(span.first_row + row) * q.width + head * dim..][..dim]
     });
     let view = BlockView {
         block_len: shape.block_len(),
@@ -290,15 +300,37 @@ fn attend_queries<T: Stored>(
         blocks: span.blocks,
     };
     score_blocks(store, &view, &tile, shape.scale, first_block, width, scores);
+    let mut totals = [0f32; QUERIES];
+    // What each query sees, and what all of them see.
+    let seen = |row: usize| first_seen(span.start + row, shape.window)..span.start + row + 1;
+    let mut common = 0..usize::MAX;
+    for (i, (row, _)) in queries.iter().enumerate() {
+        let seen = seen(*row);
+        common = common.start.max(seen.start)..common.end.min(seen.end);
+        totals[i] = soften(&mut scores[i * width..][..seen.end], seen.start);
+    }
+    let common = common.start..common.end.max(common.start);
+    let weights: [&[f32]; QUERIES] = std::array::from_fn(|i| {
+        let i = if i < queries.len() { i } else { 0 };
+        &scores[i * width..(i + 1) * width]
+    });
+    for (i, (row, _)) in queries.iter().enumerate() {
+        let before = seen(*row).start..common.start.min(seen(*row).end);
+        weigh_values(
+            store,
+            &view,
+            weights[i],
+            before,
+            &mut sums[i * dim..(i + 1) * dim],
+        );
+    }
+    weigh_values_together(store, &view, &weights, common.clone(), sums);
     for (i, (row, head)) in queries.iter().enumerate() {
-        let position = span.start + row;
-        let low = first_seen(position, shape.window);
-        let scores = &mut scores[i * width..(i + 1) * width];
-        let total = soften(&mut scores[..=position], low);
         let sums = &mut sums[i * dim..(i + 1) * dim];
-        weigh_values(store, &view, &scores[..=position], low, sums);
+        let after = common.end.max(seen(*row).start)..seen(*row).end;
+        weigh_values(store, &view, weights[i], after, sums);
         for sum in sums.iter_mut() {
-            *sum /= total;
+            *sum /= totals[i];
         }
         emit(span.first_row + row, *head, sums);
     }
@@ -339,23 +371,36 @@ fn score_blocks<T: Stored>(
     width: usize,
     scores: &mut [f32],
 ) {
-    for block in first_block..width / KV_BLOCK {
-        let keys = view.of(&store.keys, block);
-        let mut sums = [[0f32; KV_BLOCK]; QUERIES];
-        for (d, keys) in keys.chunks_exact(KV_BLOCK).enumerate() {
-            let keys: [f32; KV_BLOCK] = std::array::from_fn(|j| keys[j].widen());
-            for i in 0..QUERIES {
-                let q = tile[i][d];
+    // Two blocks at a time: more chains than one multiply-add takes cycles.
+    let mut block = first_block;
+    let end = width / KV_BLOCK;
+    while block < end {
+        let second = (block + 1).min(end - 1);
+        let keys = [block, second].map(|block| view.of(&store.keys, block));
+        let mut sums = [[[0f32; KV_BLOCK]; QUERIES]; 2];
+        for d in 0..view.dim {
+            for (sums, keys) in sums.iter_mut().zip(keys) {
+                let keys = &keys[d * KV_BLOCK..(d + 1) * KV_BLOCK];
+                let mut wide = [0f32; KV_BLOCK];
                 for j in 0..KV_BLOCK {
-                    sums[i][j] = q.mul_add(keys[j], sums[i][j]);
+                    wide[j] = keys[j].widen();
+                }
+                for i in 0..QUERIES {
+                    let q = tile[i][d];
+                    for j in 0..KV_BLOCK {
+                        sums[i][j] = q.mul_add(wide[j], sums[i][j]);
+                    }
                 }
             }
         }
-        for i in 0..QUERIES {
-            for j in 0..KV_BLOCK {
-                scores[i * width + block * KV_BLOCK + j] = sums[i][j] * scale;
+        for (block, sums) in [block, second].into_iter().zip(sums) {
+            for i in 0..QUERIES {
+                for j in 0..KV_BLOCK {
+                    scores[i * width + block * KV_BLOCK + j] = sums[i][j] * scale;
+                }
             }
         }
+        block += 2;
     }
 }
 
@@ -384,6 +429,10 @@ fn soften(scores: &mut [f32], low: usize) -> f32 {
     lanes.iter().fold(total, |total, lane| total + lane)
 }
 
+/// Numbers of a value that are summed in registers at a time.
+const WIDTH: usize = 32;
+
+/// Adds the values of `positions`, each times its weight, to `out`, position by position.
 #[multiversion(targets(
     "x86_64+avx512f+avx512vl+avx512bw+fma",
     "x86_64+avx2+fma",
@@ -393,35 +442,69 @@ fn weigh_values<T: Stored>(
     store: &Store<T>,
     view: &BlockView<'_>,
     weights: &[f32],
-    low: usize,
+    positions: Range<usize>,
     out: &mut [f32],
 ) {
-    const WIDTH: usize = 32;
+    for position in positions {
+        let values = view.of(&store.values, position / KV_BLOCK);
+        let values = &values[position % KV_BLOCK * view.dim..][..view.dim];
+        let weight = weights[position];
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = weight.mul_add(value.widen(), *out);
+        }
+    }
+}
+
+/// The same for several queries at once: `out` is `[queries, head_dim]`.
+#[multiversion(targets(
+    "x86_64+avx512f+avx512vl+avx512bw+fma",
+    "x86_64+avx2+fma",
+    "aarch64+neon"
+))]
+fn weigh_values_together<T: Stored>(
+    store: &Store<T>,
+    view: &BlockView<'_>,
+    weights: &[&[f32]; QUERIES],
+    positions: Range<usize>,
+    out: &mut [f32],
+) {
     let dim = view.dim;
     let mut first = 0;
     while first < dim {
         let step = WIDTH.min(dim - first);
-        let mut sums = [0f32; WIDTH];
-        for block in low / KV_BLOCK..weights.len().div_ceil(KV_BLOCK) {
-            let values = view.of(&store.values, block);
-            let from = low.max(block * KV_BLOCK);
-            let to = weights.len().min((block + 1) * KV_BLOCK);
-            for position in from..to {
-                let weight = weights[position];
-                let row = &values[(position - block * KV_BLOCK) * dim + first..];
+        let mut sums = [[0f32; WIDTH]; QUERIES];
+        for i in 0..QUERIES {
+            sums[i][..step].copy_from_slice(&out[i * dim + first..][..step]);
+        }
+        let mut position = positions.start;
+        while position < positions.end {
+            let values = view.of(&store.values, position / KV_BLOCK);
+            let end = positions.end.min((position / KV_BLOCK + 1) * KV_BLOCK);
+            for position in position..end {
+                let row = &values[position % KV_BLOCK * dim + first..];
+                let mut wide = [0f32; WIDTH];
                 if step == WIDTH {
                     let row = &row[..WIDTH];
                     for d in 0..WIDTH {
-                        sums[d] = weight.mul_add(row[d].widen(), sums[d]);
+                        wide[d] = row[d].widen();
                     }
                 } else {
                     for d in 0..step {
-                        sums[d] = weight.mul_add(row[d].widen(), sums[d]);
+                        wide[d] = row[d].widen();
+                    }
+                }
+                for i in 0..QUERIES {
+                    let weight = weights[i][position];
+                    for d in 0..WIDTH {
+                        sums[i][d] = weight.mul_add(wide[d], sums[i][d]);
                     }
                 }
             }
+            position = end;
         }
-        out[first..first + step].copy_from_slice(&sums[..step]);
+        for i in 0..QUERIES {
+            out[i * dim + first..][..step].copy_from_slice(&sums[i][..step]);
+        }
         first += step;
     }
 }
@@ -525,7 +608,7 @@ mod tests {
             let (layer, blocks, keys, values) = filled(&shape, start + rows, KvType::F32);
             let q = seeded(rows * shape.heads * shape.head_dim, 3);
             let span = SpanRows { first_row: 0, rows, start, blocks: &blocks };
-            let out = attend(&q, &shape, &layer, &[span]);
+            let out = attend(&q, shape.heads * shape.head_dim, &shape, &layer, &[span]);
             for row in 0..rows {
                 for head in 0..shape.heads {
                     let expected = reference(&shape, &q, &keys, &values, start, row, head);
@@ -546,11 +629,11 @@ mod tests {
             let (layer, blocks, ..) = filled(&shape, rows, kv_type);
             let width = shape.heads * shape.head_dim;
             let q = seeded(rows * width, 4);
-            let whole = attend(&q, &shape, &layer, &[SpanRows { first_row: 0, rows, start: 0, blocks: &blocks }]);
+            let whole = attend(&q, width, &shape, &layer, &[SpanRows { first_row: 0, rows, start: 0, blocks: &blocks }]);
             // The two parts swap places in the batch, too.
             let mut swapped = q[split * width..].to_vec();
             swapped.extend_from_slice(&q[..split * width]);
-            let parts = attend(&swapped, &shape, &layer, &[
+            let parts = attend(&swapped, width, &shape, &layer, &[
                 SpanRows { first_row: 0, rows: rows - split, start: split, blocks: &blocks },
                 SpanRows { first_row: rows - split, rows: split, start: 0, blocks: &blocks },
             ]);

@@ -46,6 +46,34 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     dot_inline(a, b)
 }
 
+/// The highest number of `x`; not a number where one of `x` is none. Of nothing it is minus infinity.
+#[multiversion(targets(
+    "x86_64+avx512f+avx512vl+avx512bw+avx512dq+fma",
+    "x86_64+avx2+fma",
+    "aarch64+neon"
+))]
+pub fn highest(x: &[f32]) -> f32 {
+    // Many running maxima, because one would make each comparison wait for the last.
+    let (mut maxima, mut nan) = ([f32::NEG_INFINITY; 4 * LANES], [0u32; 4 * LANES]);
+    let chunks = x.chunks_exact(4 * LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for i in 0..4 * LANES {
+            let value = chunk[i];
+            maxima[i] = if value > maxima[i] { value } else { maxima[i] };
+            nan[i] |= u32::from(value.is_nan());
+        }
+    }
+    let mut highest = f32::NEG_INFINITY;
+    for value in maxima.iter().chain(rest) {
+        highest = if *value > highest { *value } else { highest };
+    }
+    if nan.contains(&1) || rest.iter().any(|value| value.is_nan()) {
+        return f32::NAN;
+    }
+    highest
+}
+
 /// The Euclidean length of `a`.
 pub fn l2_norm(a: &[f32]) -> f32 {
     dot(a, a).sqrt()
@@ -64,6 +92,14 @@ pub fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
 pub fn add_assign(y: &mut [f32], x: &[f32]) {
     for (y, x) in y.iter_mut().zip(x) {
         *y += x;
+    }
+}
+
+/// `sum = a + b`
+#[multiversion(targets("x86_64+avx512f+avx512vl+fma", "x86_64+avx2+fma", "aarch64+neon"))]
+pub fn add(a: &[f32], b: &[f32], sum: &mut [f32]) {
+    for ((sum, a), b) in sum.iter_mut().zip(a).zip(b) {
+        *sum = a + b;
     }
 }
 
@@ -179,6 +215,21 @@ mod tests {
             let exact: f64 = a.iter().map(|a| f64::from(*a) * f64::from(*a)).sum();
             prop_assert!((f64::from(dot(&a, &a)) - exact).abs() <= 1e-4 * (1.0 + exact));
         }
+    }
+
+    #[test]
+    fn the_highest_is_found_wherever_it_is_and_a_nan_is_not_passed_over() {
+        for len in [1usize, 63, 64, 65, 300] {
+            for at in [0, len / 2, len - 1] {
+                let mut x = vec![-3.0f32; len];
+                x[at] = -1.5;
+                assert_eq!(highest(&x), -1.5);
+                x[at] = f32::NAN;
+                assert!(highest(&x).is_nan());
+            }
+        }
+        assert_eq!(highest(&[]), f32::NEG_INFINITY);
+        assert_eq!(highest(&[1.0, f32::INFINITY]), f32::INFINITY);
     }
 
     #[test]

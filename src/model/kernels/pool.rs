@@ -139,27 +139,70 @@ pub fn parallel(pieces: usize, work: impl Fn(usize) + Sync) {
 }
 
 /// Numbers below which rows are worked on by the caller alone.
-const PARALLEL_NUMBERS: usize = 1 << 15;
+const PARALLEL_NUMBERS: usize = 1 << 14;
 
-/// Calls `work` with each row's index and the row, `width` numbers of `out`, shared by the pool
-/// where there are many.
-pub fn parallel_rows(out: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
-    let rows = out.len() / width.max(1);
+/// Hands the rows of `out`, `width` numbers each, to `work`: some at a time with the index of the
+/// first, shared by the pool where there are many.
+pub fn fill_rows(out: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    let rows = out.len() / width;
     if out.len() < PARALLEL_NUMBERS {
-        let rows = out.chunks_exact_mut(width).enumerate();
-        return rows.for_each(|(row, out)| work(row, out));
+        return work(0, out);
     }
     let pieces = (current_threads() * 4).min(rows);
     let base = super::SharedOut(out.as_mut_ptr());
     parallel(pieces, |piece| {
         let base = &base;
-        for row in piece * rows / pieces..(piece + 1) * rows / pieces {
-            // SAFETY: inside `out`, and each row belongs to one piece.
-            #[allow(unsafe_code)]
-            let out = unsafe { std::slice::from_raw_parts_mut(base.0.add(row * width), width) };
-            work(row, out);
-        }
+        let (first, end) = (piece * rows / pieces, (piece + 1) * rows / pieces);
+        // SAFETY: inside `out`, and each row belongs to one piece.
+        #[allow(unsafe_code)]
+        let out = unsafe {
+            std::slice::from_raw_parts_mut(base.0.add(first * width), (end - first) * width)
+        };
+        work(first, out);
     });
+}
+
+/// `rows` new rows of `width` numbers. `work` gets some of them at a time, as zeros, with the index
+/// of the first; the pool shares them where there are many.
+pub fn new_rows(rows: usize, width: usize, work: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    if rows * width < PARALLEL_NUMBERS {
+        let mut out = vec![0f32; rows * width];
+        work(0, &mut out);
+        return out;
+    }
+    let pieces = (current_threads() * 4).min(rows);
+    new_rows_in_pieces(rows, width, rows.div_ceil(pieces), work)
+}
+
+/// The same in pieces of `piece_rows` rows.
+pub fn new_rows_in_pieces(
+    rows: usize,
+    width: usize,
+    piece_rows: usize,
+    work: impl Fn(usize, &mut [f32]) + Sync,
+) -> Vec<f32> {
+    let mut out: Vec<f32> = Vec::with_capacity(rows * width);
+    let base = super::SharedOut(out.as_mut_ptr());
+    parallel(rows.div_ceil(piece_rows), |piece| {
+        let base = &base;
+        let first = piece * piece_rows;
+        let count = piece_rows.min(rows - first) * width;
+        // SAFETY: inside the capacity, each number belongs to one piece, and zeros are numbers.
+        // Whoever works on a piece writes the zeros, so that they are near him.
+        #[allow(unsafe_code)]
+        let out = unsafe {
+            let start = base.0.add(first * width);
+            std::ptr::write_bytes(start, 0, count);
+            std::slice::from_raw_parts_mut(start, count)
+        };
+        work(first, out);
+    });
+    // SAFETY: every piece was written; a panic in one has left this function.
+    #[allow(unsafe_code)]
+    unsafe {
+        out.set_len(rows * width);
+    }
+    out
 }
 
 /// Between two looks: a moment, and from some looks on whoever else wants this core goes first.
@@ -301,15 +344,30 @@ mod tests {
     #[test]
     fn every_row_is_worked_on_once() {
         let pool = ComputePool::new(3).expect("threads");
-        for (rows, width) in [(0, 7), (3, 7), (5_000, 16)] {
-            let mut out = vec![0f32; rows * width];
-            pool.install(|| {
-                parallel_rows(&mut out, width, |row, out| {
-                    out.iter_mut().for_each(|value| *value += row as f32 + 1.0);
-                });
-            });
+        let number = |first: usize, width: usize, out: &mut [f32]| {
+            for (row, out) in out.chunks_exact_mut(width).enumerate() {
+                out.iter_mut()
+                    .for_each(|value| *value += (first + row) as f32 + 1.0);
+            }
+        };
+        for (rows, width) in [(0, 7), (3, 7), (5_000, 16), (5_001, 7)] {
             let expected = (0..rows * width).map(|i| (i / width) as f32 + 1.0);
-            assert!(out.into_iter().eq(expected));
+            let expected = Vec::from_iter(expected);
+            pool.install(|| {
+                let mut out = vec![0f32; rows * width];
+                fill_rows(&mut out, width, |first, out| number(first, width, out));
+                assert_eq!(out, expected);
+                assert_eq!(
+                    new_rows(rows, width, |first, out| number(first, width, out)),
+                    expected
+                );
+                for piece in [1, 2, 48, 9_000] {
+                    let out = new_rows_in_pieces(rows, width, piece, |first, out| {
+                        number(first, width, out);
+                    });
+                    assert_eq!(out, expected);
+                }
+            });
         }
     }
 

@@ -4,7 +4,7 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::pool::{current_threads, parallel};
+use super::pool::{current_threads, new_rows_in_pieces, parallel};
 use super::quantised::{QuantKind, QuantMatrix, Rounding};
 use super::{SharedOut, emit};
 
@@ -13,6 +13,10 @@ const PANEL: usize = 64;
 
 /// Products smaller than this many multiply-adds stay on one thread: waking another costs more.
 const PARALLEL_WORK: usize = 1 << 16;
+
+/// Rows that one thread takes at a time where there are many: what they become on the way through a
+/// layer stays in its second cache.
+pub const ROWS_PER_THREAD: usize = 48;
 
 /// How weights lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +126,10 @@ impl PackedMatrix {
         }
     }
 
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
     pub fn outputs(&self) -> usize {
         self.outputs
     }
@@ -135,16 +143,31 @@ impl PackedMatrix {
     }
 
     /// `x`: `[rows, inputs]` -> `[rows, outputs]`.
+    /// Few rows share the outputs among the threads, many are shared themselves: then what a
+    /// thread writes stays near it.
     pub fn product(&self, x: &[f32]) -> Vec<f32> {
         let rows = x.len() / self.inputs;
-        assert_eq!(x.len(), rows * self.inputs, "x is [rows, inputs]");
-        let mut y = vec![0f32; rows * self.outputs];
-        match &self.panels {
-            Panels::F32(panels) => self.fill(panels, x, &mut y),
-            Panels::Bf16(panels) => self.fill(panels, x, &mut y),
-            Panels::Quantised(matrix) => matrix.product(x, &mut y),
+        if rows < ROWS_PER_THREAD * current_threads() {
+            let mut y = vec![0f32; rows * self.outputs];
+            self.product_into(x, &mut y);
+            return y;
         }
-        y
+        new_rows_in_pieces(rows, self.outputs, ROWS_PER_THREAD, |first, y| {
+            let count = y.len() / self.outputs;
+            self.product_into(&x[first * self.inputs..(first + count) * self.inputs], y);
+        })
+    }
+
+    /// The same into `y`, `[rows, outputs]`.
+    pub fn product_into(&self, x: &[f32], y: &mut [f32]) {
+        let rows = x.len() / self.inputs;
+        assert_eq!(x.len(), rows * self.inputs, "x is [rows, inputs]");
+        assert_eq!(y.len(), rows * self.outputs, "y is [rows, outputs]");
+        match &self.panels {
+            Panels::F32(panels) => self.fill(panels, x, y),
+            Panels::Bf16(panels) => self.fill(panels, x, y),
+            Panels::Quantised(matrix) => matrix.product(x, y),
+        }
     }
 
     /// Row `row` of the unpacked matrix: an embedding table shares its memory with the head.
