@@ -27,15 +27,17 @@ CATEGORIES = set(
     "tax_evasion violence corruption sabotage exploitation extremism dangerous_advice".split()
 )
 
-TRAIN = ["contrast", "benign_general", "harmful_general"]
+TRAIN = ["contrast", "contrast_more", "benign_general", "harmful_general", "benign_alarming"]
 DEV = ["dev_contrast", "dev_wrapped", "dev_tense", "dev_benign_conversational"]
 PROMPTS = TRAIN + DEV + ["demo"]
 
 # file -> (harmful at least, benign at least)
 AT_LEAST = {
     "contrast": (300, 300),
+    "contrast_more": (450, 450),
     "benign_general": (0, 500),
     "harmful_general": (400, 0),
+    "benign_alarming": (100, 400),
     "dev_contrast": (80, 80),
     "dev_wrapped": (60, 60),
     "dev_tense": (60, 40),
@@ -103,7 +105,7 @@ def check_prompts(files, faults):
                 faults.append(f"{name}: {row.get('id')}: label must be harmful or benign")
             if row["text"] != row["text"].strip():
                 faults.append(f"{name}: {row.get('id')}: text begins or ends with white space")
-            if name in ("contrast", "harmful_general") and row.get("category") not in CATEGORIES:
+            if must_be_listed(name, row) and row.get("category") not in CATEGORIES:
                 faults.append(f"{name}: {row.get('id')}: category outside the closed list")
         for label, least in zip(("harmful", "benign"), AT_LEAST[name]):
             count = sum(row.get("label") == label for row in files[name])
@@ -111,8 +113,13 @@ def check_prompts(files, faults):
                 faults.append(f"{name}: {count} {label} rows, at least {least} expected")
 
 
+def must_be_listed(name, row):
+    """Whether the category of this row has to be one of CATEGORIES: in pairs, and in every harmful training row."""
+    return name in ("contrast", "contrast_more") or (name in TRAIN and row.get("label") == "harmful")
+
+
 def check_pairs(files, faults):
-    for name in ("contrast", "dev_contrast", "dev_wrapped"):
+    for name in ("contrast", "contrast_more", "dev_contrast", "dev_wrapped"):
         groups = defaultdict(list)
         for row in files[name]:
             groups[row["group"]].append(row["label"])
@@ -263,7 +270,9 @@ def report_style(files):
 
     for title, names in (
         ("contrast", ["contrast"]),
+        ("contrast_more", ["contrast_more"]),
         ("general", ["harmful_general", "benign_general"]),
+        ("benign_alarming", ["benign_alarming"]),
         ("training, all", TRAIN),
         ("dev_contrast", ["dev_contrast"]),
         ("dev_wrapped", ["dev_wrapped"]),
