@@ -31,7 +31,7 @@ TRAIN = ["contrast", "benign_general", "harmful_general", "tense", "indirect"]
 WRAPPED = ["dev_wrapped", "dev_wrapped_more"]
 DEV = ["dev_contrast", "dev_tense", "dev_benign_conversational", "dev_alarming"] + WRAPPED
 PROMPTS = TRAIN + DEV + ["demo"]
-WRAPPERS = {"wrappers": 24, "wrappers_more": 50, "wrappers_long": 15}  # file -> frames at least
+WRAPPERS = {"wrappers": 24, "wrappers_more": 50, "wrappers_long": 30}  # file -> frames at least
 
 # file -> (harmful at least, benign at least)
 AT_LEAST = {
@@ -148,6 +148,10 @@ def check_wrappers(files, faults):
     plain = sum(row["category"].startswith("plain_") for row in files["wrappers_more"])
     if plain < 15:
         faults.append(f"wrappers_more: {plain} plain frames, at least 15 expected")
+    for row in files["wrappers_long"]:
+        words = len(row["text"].replace("{request}", " ").split())
+        if not 120 <= words <= 450:
+            faults.append(f"wrappers_long: {row['id']}: {words} words, 120 to 450 expected")
 
 
 def check_refusals(files, faults):
