@@ -27,9 +27,11 @@ CATEGORIES = set(
     "tax_evasion violence corruption sabotage exploitation extremism dangerous_advice".split()
 )
 
-TRAIN = ["contrast", "contrast_more", "benign_general", "harmful_general", "benign_alarming"]
-DEV = ["dev_contrast", "dev_wrapped", "dev_tense", "dev_benign_conversational"]
+TRAIN = ["contrast", "contrast_more", "benign_general", "harmful_general", "benign_alarming", "tense", "indirect"]
+WRAPPED = ["dev_wrapped", "dev_wrapped_more"]
+DEV = ["dev_contrast", "dev_tense", "dev_benign_conversational", "dev_alarming"] + WRAPPED
 PROMPTS = TRAIN + DEV + ["demo"]
+WRAPPERS = {"wrappers": 24, "wrappers_more": 50, "wrappers_long": 47}  # file -> frames at least
 
 # file -> (harmful at least, benign at least)
 AT_LEAST = {
@@ -38,8 +40,12 @@ AT_LEAST = {
     "benign_general": (0, 500),
     "harmful_general": (400, 0),
     "benign_alarming": (100, 400),
+    "tense": (300, 300),
+    "indirect": (250, 250),
     "dev_contrast": (80, 80),
     "dev_wrapped": (60, 60),
+    "dev_wrapped_more": (60, 60),
+    "dev_alarming": (40, 100),
     "dev_tense": (60, 40),
     "dev_benign_conversational": (0, 150),
     "demo": (3, 5),
@@ -53,10 +59,10 @@ def main():
     arguments = arguments.parse_args()
 
     faults = []
-    files = {name: read(HERE / f"{name}.jsonl", faults) for name in PROMPTS + ["wrappers", "refusals"]}
+    files = {name: read(HERE / f"{name}.jsonl", faults) for name in [*PROMPTS, *WRAPPERS, "refusals"]}
     check_prompts(files, faults)
     check_pairs(files, faults)
-    check_wrappers(files["wrappers"], files["dev_wrapped"], faults)
+    check_wrappers(files, faults)
     check_refusals(files, faults)
     check_demo(files["demo"], faults)
     check_identities(files, faults)
@@ -119,26 +125,39 @@ def must_be_listed(name, row):
 
 
 def check_pairs(files, faults):
-    for name in ("contrast", "contrast_more", "dev_contrast", "dev_wrapped"):
+    for name in ("contrast", "contrast_more", "dev_contrast", *WRAPPED, "tense", "indirect"):
         groups = defaultdict(list)
         for row in files[name]:
             groups[row["group"]].append(row["label"])
-        for group, labels in groups.items():
-            if sorted(labels) != ["benign", "harmful"]:
-                faults.append(f"{name}: group {group} is not one harmful and one benign row")
+        pairs = sum(sorted(labels) == ["benign", "harmful"] for labels in groups.values())
+        if name in ("tense", "indirect"):  # twins among single rows
+            if any(sorted(labels) != ["benign", "harmful"] for labels in groups.values() if len(labels) > 1):
+                faults.append(f"{name}: a shared group is not one harmful and one benign row")
+            if pairs < 120:
+                faults.append(f"{name}: {pairs} contrast twins, at least 120 expected")
+        elif pairs < len(groups):
+            faults.append(f"{name}: {len(groups) - pairs} groups are not one harmful and one benign row")
 
 
-def check_wrappers(wrappers, dev_wrapped, faults):
-    if len(wrappers) < 24:
-        faults.append(f"wrappers: {len(wrappers)}, at least 24 expected")
-    for row in wrappers:
-        if row["text"].count("{request}") != 1:
-            faults.append(f"wrappers: {row['id']}: exactly one {{request}} slot expected")
-    for row in wrappers:
-        frame = tokens(row["text"].replace("{request}", " "))
-        for held_out in dev_wrapped:
-            if len(frame & tokens(held_out["text"])) > NEAR * len(frame):
-                faults.append(f"wrappers: {row['id']} is contained in held-out {held_out['id']}")
+def check_wrappers(files, faults):
+    held_out_rows = [row for name in WRAPPED for row in files[name]]
+    for name, least in WRAPPERS.items():
+        if len(files[name]) < least:
+            faults.append(f"{name}: {len(files[name])}, at least {least} expected")
+        for row in files[name]:
+            if row["text"].count("{request}") != 1:
+                faults.append(f"{name}: {row['id']}: exactly one {{request}} slot expected")
+            frame = tokens(row["text"].replace("{request}", " "))
+            for held_out in held_out_rows:
+                if len(frame & tokens(held_out["text"])) > NEAR * len(frame):
+                    faults.append(f"{name}: {row['id']} is contained in held-out {held_out['id']}")
+    plain = sum(row["category"].startswith("plain_") for row in files["wrappers_more"])
+    if plain < 15:
+        faults.append(f"wrappers_more: {plain} plain frames, at least 15 expected")
+    for row in files["wrappers_long"]:
+        words = len(row["text"].replace("{request}", " ").split())
+        if not 120 <= words <= 450:
+            faults.append(f"wrappers_long: {row['id']}: {words} words, 120 to 450 expected")
 
 
 def check_refusals(files, faults):
@@ -169,7 +188,7 @@ def check_identities(files, faults):
 
 def check_duplicates(files, faults):
     """Within a file or among the training files no two rows of different groups are alike."""
-    for names in (TRAIN, *([name] for name in DEV + ["demo"] if name != "dev_wrapped")):
+    for names in (TRAIN, *([name] for name in DEV + ["demo"] if name not in WRAPPED)):
         rows = [(f"{name}: {row['id']}", row) for name in names for row in files[name]]
         for (left, a), (right, b) in near_pairs(rows, rows):
             if left < right and a["group"] != b["group"]:
@@ -187,7 +206,7 @@ def check_held_out(files, faults):
         for (left, _), (right, _) in near_pairs(held_out, train):
             faults.append(f"held-out {left} is alike to training {right}")
     # A wrapped row hides its request from the comparison above, so look for it word by word.
-    for name in ("dev_wrapped", "demo"):
+    for name in (*WRAPPED, "demo"):
         for row in files[name]:
             wrapped = f" {words_of(row['text'])} "
             for identity, other in train:
@@ -273,14 +292,18 @@ def report_style(files):
         ("contrast_more", ["contrast_more"]),
         ("general", ["harmful_general", "benign_general"]),
         ("benign_alarming", ["benign_alarming"]),
+        ("tense", ["tense"]),
+        ("indirect", ["indirect"]),
         ("training, all", TRAIN),
         ("dev_contrast", ["dev_contrast"]),
         ("dev_wrapped", ["dev_wrapped"]),
+        ("dev_wrapped_more", ["dev_wrapped_more"]),
         ("dev_tense", ["dev_tense"]),
+        ("dev_alarming", ["dev_alarming"]),
     ):
         form = make_pipeline(DictVectorizer(), MaxAbsScaler(), LogisticRegression(max_iter=2000))
         words = make_pipeline(CountVectorizer(), LogisticRegression(max_iter=2000))
-        print(f"AUROC {title:15} form {measure(names, form, form_of):.3f}  bag of words {measure(names, words, str):.3f}")
+        print(f"AUROC {title:16} form {measure(names, form, form_of):.3f}  bag of words {measure(names, words, str):.3f}")
 
 
 def form_of(text):
