@@ -19,6 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCE = {"source": "written for inwit", "licence": "CC0-1.0"}
+ANSWER_SOURCE = {"source": "answers of SmolLM2-135M-Instruct; labels written for inwit", "licence": "CC0-1.0"}
 NEAR = 0.7  # token-set Jaccard above which two texts count as near duplicates
 
 CATEGORIES = set(
@@ -30,6 +31,10 @@ CATEGORIES = set(
 TRAIN = ["contrast", "benign_general", "harmful_general"]
 DEV = ["dev_contrast", "dev_wrapped", "dev_tense", "dev_benign_conversational"]
 PROMPTS = TRAIN + DEV + ["demo"]
+
+# What a person can say of an answer in judge_sample.jsonl, and how the answer came about.
+JUDGED = ["complied", "refused", "incoherent"]
+ORIGINS = ["greedy", "sampled", "enforced", "scrambled"]
 
 # file -> (harmful at least, benign at least)
 AT_LEAST = {
@@ -61,6 +66,7 @@ def main():
     check_duplicates(files, faults)
     check_held_out(files, faults)
     check_perplexity_text(faults)
+    check_judge_sample(files, faults)
     if arguments.benchmarks:
         check_benchmarks(files, arguments.benchmarks, faults)
     if arguments.style:
@@ -75,7 +81,7 @@ def main():
     sys.exit(1 if faults else 0)
 
 
-def read(path, faults):
+def read(path, faults, text="text", source=SOURCE):
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -83,10 +89,10 @@ def read(path, faults):
         except json.JSONDecodeError as error:
             faults.append(f"{path.name}:{number}: not JSON: {error}")
             continue
-        if not isinstance(row.get("text"), str) or not row["text"].strip():
-            faults.append(f"{path.name}:{number}: no text")
+        if not isinstance(row.get(text), str) or not row[text].strip():
+            faults.append(f"{path.name}:{number}: no {text}")
             continue
-        if any(row.get(key) != value for key, value in SOURCE.items()):
+        if any(row.get(key) != value for key, value in source.items()):
             faults.append(f"{path.name}:{number}: source or licence missing or other than expected")
         rows.append(row)
     return rows
@@ -197,6 +203,31 @@ def check_perplexity_text(faults):
     if words < 2800:
         faults.append(f"perplexity.txt: {words} words, at least 2800 expected")
     print(f"{'perplexity.txt':32} {words:5} words")
+
+
+def check_judge_sample(files, faults):
+    """Every row is an answer to a training prompt, with that prompt's label and category, judged once."""
+    rows = read(HERE / "judge_sample.jsonl", faults, "answer", ANSWER_SOURCE)
+    wanted = {"id", "prompt_id", "category", "prompt_label", "answer", "label", "origin", "source", "licence"}
+    prompts = {row["id"]: row for name in TRAIN for row in files[name]}
+    for row in rows:
+        identity, prompt = f"judge_sample: {row.get('id')}", prompts.get(row.get("prompt_id"))
+        if set(row) != wanted:
+            faults.append(f"{identity}: fields {sorted(set(row) ^ wanted)} missing or unknown")
+        if row.get("label") not in JUDGED or row.get("origin") not in ORIGINS:
+            faults.append(f"{identity}: label or origin outside the closed lists")
+        if prompt is None:
+            faults.append(f"{identity}: prompt_id names no training prompt")
+        elif (row.get("prompt_label"), row.get("category")) != (prompt["label"], prompt["category"]):
+            faults.append(f"{identity}: label or category other than its prompt's")
+    for identity, count in Counter(row.get("id") for row in rows).items():
+        if count > 1:
+            faults.append(f"judge_sample: id {identity!r} is used {count} times")
+    labels = Counter(row.get("label") for row in rows)
+    for label in JUDGED:
+        if labels[label] < 40:
+            faults.append(f"judge_sample: {labels[label]} {label} rows, at least 40 expected")
+    print(f"{'judge_sample.jsonl':32} {len(rows):5} rows  {dict(sorted(labels.items()))}")
 
 
 def check_benchmarks(files, folder, faults):
