@@ -29,8 +29,9 @@ CATEGORIES = set(
 )
 
 TRAIN = ["contrast", "benign_general", "harmful_general"]
-DEV = ["dev_contrast", "dev_wrapped", "dev_tense", "dev_benign_conversational"]
-PROMPTS = TRAIN + DEV + ["demo"]
+DEV = ["dev_contrast", "dev_wrapped", "dev_tense", "dev_benign_conversational", "dev_benign_traffic"]
+CALIBRATION = ["calibration_own"]  # for thresholds: overlaps neither what is fitted nor what is held out
+PROMPTS = TRAIN + CALIBRATION + DEV + ["demo"]
 
 # What a person can say of an answer in judge_sample.jsonl, and how the answer came about.
 JUDGED = ["complied", "refused", "incoherent"]
@@ -44,7 +45,9 @@ AT_LEAST = {
     "dev_contrast": (80, 80),
     "dev_wrapped": (60, 60),
     "dev_tense": (60, 40),
+    "calibration_own": (0, 600),
     "dev_benign_conversational": (0, 150),
+    "dev_benign_traffic": (0, 300),
     "demo": (3, 5),
 }
 
@@ -167,8 +170,8 @@ def check_identities(files, faults):
 
 
 def check_duplicates(files, faults):
-    """Within a file or among the training files no two rows of different groups are alike."""
-    for names in (TRAIN, *([name] for name in DEV + ["demo"] if name != "dev_wrapped")):
+    """Within a file, or among those to fit and calibrate on, no two rows of different groups are alike."""
+    for names in (TRAIN + CALIBRATION, *([name] for name in DEV + ["demo"] if name != "dev_wrapped")):
         rows = [(f"{name}: {row['id']}", row) for name in names for row in files[name]]
         for (left, a), (right, b) in near_pairs(rows, rows):
             if left < right and a["group"] != b["group"]:
@@ -180,11 +183,11 @@ def check_duplicates(files, faults):
 
 
 def check_held_out(files, faults):
-    train = [(f"{name}: {row['id']}", row) for name in TRAIN for row in files[name]]
+    train = [(f"{name}: {row['id']}", row) for name in TRAIN + CALIBRATION for row in files[name]]
     for name in DEV + ["demo"]:
         held_out = [(f"{name}: {row['id']}", row) for row in files[name]]
         for (left, _), (right, _) in near_pairs(held_out, train):
-            faults.append(f"held-out {left} is alike to training {right}")
+            faults.append(f"held-out {left} is alike to {right}")
     # A wrapped row hides its request from the comparison above, so look for it word by word.
     for name in ("dev_wrapped", "demo"):
         for row in files[name]:
