@@ -19,6 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCE = {"source": "written for inwit", "licence": "CC0-1.0"}
+ANSWER_SOURCE = {"source": "answers of SmolLM2-135M-Instruct; labels written for inwit", "licence": "CC0-1.0"}
 NEAR = 0.7  # token-set Jaccard above which two texts count as near duplicates
 
 CATEGORIES = set(
@@ -29,9 +30,14 @@ CATEGORIES = set(
 
 TRAIN = ["contrast", "contrast_more", "benign_general", "harmful_general", "benign_alarming", "tense", "indirect"]
 WRAPPED = ["dev_wrapped", "dev_wrapped_more"]
-DEV = ["dev_contrast", "dev_tense", "dev_benign_conversational", "dev_alarming"] + WRAPPED
-PROMPTS = TRAIN + DEV + ["demo"]
+DEV = ["dev_contrast", "dev_tense", "dev_benign_conversational", "dev_alarming", "dev_benign_traffic"] + WRAPPED
 WRAPPERS = {"wrappers": 24, "wrappers_more": 50, "wrappers_long": 47}  # file -> frames at least
+CALIBRATION = ["calibration_own"]  # for thresholds: overlaps neither what is fitted nor what is held out
+PROMPTS = TRAIN + CALIBRATION + DEV + ["demo"]
+
+# What a person can say of an answer in judge_sample.jsonl, and how the answer came about.
+JUDGED = ["complied", "refused", "incoherent"]
+ORIGINS = ["greedy", "sampled", "enforced", "scrambled"]
 
 # file -> (harmful at least, benign at least)
 AT_LEAST = {
@@ -47,7 +53,9 @@ AT_LEAST = {
     "dev_wrapped_more": (60, 60),
     "dev_alarming": (40, 100),
     "dev_tense": (60, 40),
+    "calibration_own": (0, 600),
     "dev_benign_conversational": (0, 150),
+    "dev_benign_traffic": (0, 300),
     "demo": (3, 5),
 }
 
@@ -69,6 +77,7 @@ def main():
     check_duplicates(files, faults)
     check_held_out(files, faults)
     check_perplexity_text(faults)
+    check_judge_sample(files, faults)
     if arguments.benchmarks:
         check_benchmarks(files, arguments.benchmarks, faults)
     if arguments.style:
@@ -83,7 +92,7 @@ def main():
     sys.exit(1 if faults else 0)
 
 
-def read(path, faults):
+def read(path, faults, text="text", source=SOURCE):
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -91,10 +100,10 @@ def read(path, faults):
         except json.JSONDecodeError as error:
             faults.append(f"{path.name}:{number}: not JSON: {error}")
             continue
-        if not isinstance(row.get("text"), str) or not row["text"].strip():
-            faults.append(f"{path.name}:{number}: no text")
+        if not isinstance(row.get(text), str) or not row[text].strip():
+            faults.append(f"{path.name}:{number}: no {text}")
             continue
-        if any(row.get(key) != value for key, value in SOURCE.items()):
+        if any(row.get(key) != value for key, value in source.items()):
             faults.append(f"{path.name}:{number}: source or licence missing or other than expected")
         rows.append(row)
     return rows
@@ -187,8 +196,8 @@ def check_identities(files, faults):
 
 
 def check_duplicates(files, faults):
-    """Within a file or among the training files no two rows of different groups are alike."""
-    for names in (TRAIN, *([name] for name in DEV + ["demo"] if name not in WRAPPED)):
+    """Within a file, or among those to fit and calibrate on, no two rows of different groups are alike."""
+    for names in (TRAIN + CALIBRATION, *([name] for name in DEV + ["demo"] if name not in WRAPPED)):
         rows = [(f"{name}: {row['id']}", row) for name in names for row in files[name]]
         for (left, a), (right, b) in near_pairs(rows, rows):
             if left < right and a["group"] != b["group"]:
@@ -200,11 +209,11 @@ def check_duplicates(files, faults):
 
 
 def check_held_out(files, faults):
-    train = [(f"{name}: {row['id']}", row) for name in TRAIN for row in files[name]]
+    train = [(f"{name}: {row['id']}", row) for name in TRAIN + CALIBRATION for row in files[name]]
     for name in DEV + ["demo"]:
         held_out = [(f"{name}: {row['id']}", row) for row in files[name]]
         for (left, _), (right, _) in near_pairs(held_out, train):
-            faults.append(f"held-out {left} is alike to training {right}")
+            faults.append(f"held-out {left} is alike to {right}")
     # A wrapped row hides its request from the comparison above, so look for it word by word.
     for name in (*WRAPPED, "demo"):
         for row in files[name]:
@@ -223,6 +232,31 @@ def check_perplexity_text(faults):
     if words < 10000:
         faults.append(f"perplexity.txt: {words} words, at least 10000 expected")
     print(f"{'perplexity.txt':32} {words:5} words")
+
+
+def check_judge_sample(files, faults):
+    """Every row is an answer to a training prompt, with that prompt's label and category, judged once."""
+    rows = read(HERE / "judge_sample.jsonl", faults, "answer", ANSWER_SOURCE)
+    wanted = {"id", "prompt_id", "category", "prompt_label", "answer", "label", "origin", "source", "licence"}
+    prompts = {row["id"]: row for name in TRAIN for row in files[name]}
+    for row in rows:
+        identity, prompt = f"judge_sample: {row.get('id')}", prompts.get(row.get("prompt_id"))
+        if set(row) != wanted:
+            faults.append(f"{identity}: fields {sorted(set(row) ^ wanted)} missing or unknown")
+        if row.get("label") not in JUDGED or row.get("origin") not in ORIGINS:
+            faults.append(f"{identity}: label or origin outside the closed lists")
+        if prompt is None:
+            faults.append(f"{identity}: prompt_id names no training prompt")
+        elif (row.get("prompt_label"), row.get("category")) != (prompt["label"], prompt["category"]):
+            faults.append(f"{identity}: label or category other than its prompt's")
+    for identity, count in Counter(row.get("id") for row in rows).items():
+        if count > 1:
+            faults.append(f"judge_sample: id {identity!r} is used {count} times")
+    labels = Counter(row.get("label") for row in rows)
+    for label in JUDGED:
+        if labels[label] < 40:
+            faults.append(f"judge_sample: {labels[label]} {label} rows, at least 40 expected")
+    print(f"{'judge_sample.jsonl':32} {len(rows):5} rows  {dict(sorted(labels.items()))}")
 
 
 def check_benchmarks(files, folder, faults):
