@@ -8,6 +8,7 @@ pub mod capture;
 pub mod capture_file;
 pub mod examples;
 pub mod fit;
+pub mod judge;
 pub mod load;
 pub mod machine;
 pub mod make_head;
