@@ -9,6 +9,7 @@ pub mod capture_file;
 pub mod examples;
 pub mod fit;
 pub mod judge;
+pub mod label;
 pub mod load;
 pub mod machine;
 pub mod make_head;
