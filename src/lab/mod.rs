@@ -6,6 +6,8 @@ pub mod bench;
 pub mod benchmark;
 pub mod capture;
 pub mod capture_file;
+pub mod collect;
+pub mod collected;
 pub mod examples;
 pub mod fit;
 pub mod judge;
