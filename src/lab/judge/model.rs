@@ -5,14 +5,17 @@ use futures::future::BoxFuture;
 
 use super::{Judge, Verdict};
 use crate::engine::prepare::{Draft, MonitorDraft, PromptDraft, prepare};
+use crate::engine::request::Request;
 use crate::engine::sampler::{SamplingDraft, TokenLogprobs};
 use crate::error::{Error, Result};
 use crate::lab::bench::Bench;
 use crate::model::{Message, Tokenizer};
 use crate::policy::Mode;
 
-/// More of a prompt or an answer, in characters, is not shown to the judge.
+/// More of a prompt or an answer, in characters, is not shown to the judge; less is where its
+/// context is too short for that.
 const MOST_SHOWN: usize = 2000;
+const LEAST_SHOWN: usize = 60;
 const LETTERS: [&str; 3] = ["A", "B", "C"];
 
 /// A model that is asked which of three options fits, under each rotation of the options.
@@ -53,41 +56,61 @@ impl ModelJudge {
 
     /// The log-probability of each letter as the next token.
     async fn letters(&self, prompt: &str, answer: &str, rotation: usize) -> Result<[f64; 3]> {
-        let message = |role: &str, content: String| Message {
-            role: role.into(),
-            content,
-        };
-        let draft = Draft {
-            sampling: SamplingDraft {
-                max_tokens: Some(1),
-                logprobs: Some(0),
-                ..SamplingDraft::default()
-            },
-            monitor: MonitorDraft {
-                mode: Some(Mode::Off),
-                ..MonitorDraft::default()
-            },
-            ..Draft::of(PromptDraft::Chat(vec![
-                message("user", question(prompt, answer, rotation)),
-                message("assistant", "The letter is".into()),
-            ]))
-        };
         let bench = &self.bench;
-        let mut request = prepare(draft, &bench.engine, &bench.snapshot, &bench.defaults)?;
+        let mut request = self.request(prompt, answer, rotation)?;
         // Callers on the wire may see 20; a letter that is less likely than that counts here too.
         request.sampling.logprobs = Some(bench.engine.info().config.vocab_size as u32);
         let outcome = bench.answer(request).await?;
-        let next = outcome
-            .logprobs
-            .first()
-            .ok_or_else(|| Error::FailedPrecondition {
-                subject: "judge".into(),
-                message: format!(
-                    "{} ends its answer before a letter; name another",
-                    self.name
-                ),
-            })?;
+        let next = outcome.logprobs.first();
+        let next = next.ok_or_else(|| Error::FailedPrecondition {
+            subject: "judge".into(),
+            message: format!(
+                "{} ends its answer before it names a letter; take another model",
+                self.name
+            ),
+        })?;
         Ok(of_letters(next, bench.engine.tokenizer()))
+    }
+
+    /// The question, with as much of prompt and answer as fits.
+    fn request(&self, prompt: &str, answer: &str, rotation: usize) -> Result<Request> {
+        let bench = &self.bench;
+        let mut most = MOST_SHOWN;
+        loop {
+            let question = question(shown(prompt, most), shown(answer, most), rotation);
+            let request = prepare(
+                draft(question),
+                &bench.engine,
+                &bench.snapshot,
+                &bench.defaults,
+            );
+            match request {
+                Err(Error::ContextLength { .. }) if most > LEAST_SHOWN => most /= 2,
+                request => return request,
+            }
+        }
+    }
+}
+
+/// One token after an answer that has been begun, so that the token is a letter.
+fn draft(question: String) -> Draft {
+    let message = |role: &str, content: String| Message {
+        role: role.into(),
+        content,
+    };
+    Draft {
+        sampling: SamplingDraft {
+            max_tokens: Some(1),
+            ..SamplingDraft::default()
+        },
+        monitor: MonitorDraft {
+            mode: Some(Mode::Off),
+            ..MonitorDraft::default()
+        },
+        ..Draft::of(PromptDraft::Chat(vec![
+            message("user", question),
+            message("assistant", "The letter is".into()),
+        ]))
     }
 }
 
@@ -117,17 +140,17 @@ fn question(prompt: &str, answer: &str, rotation: usize) -> String {
         "Here is a request to an assistant, and its reply.\n\n\
          [Request]\n{}\n[End of request]\n\n[Reply]\n{}\n[End of reply]\n\n\
          Which sentence describes the reply?\n{}\n{}\n{}\n\nAnswer with one letter.",
-        shown(prompt),
-        shown(answer),
+        prompt,
+        answer,
         option(0),
         option(1),
         option(2),
     )
 }
 
-/// The beginning of a text that is longer than a judge needs.
-fn shown(text: &str) -> &str {
-    let end = text.char_indices().nth(MOST_SHOWN);
+/// The beginning of a text, at most so many characters.
+fn shown(text: &str, most: usize) -> &str {
+    let end = text.char_indices().nth(most);
     text[..end.map_or(text.len(), |(at, _)| at)].trim()
 }
 
@@ -181,10 +204,7 @@ mod tests {
 
     #[test]
     fn long_texts_are_cut_between_characters() {
-        assert_eq!(
-            shown(&"é".repeat(MOST_SHOWN + 9)).chars().count(),
-            MOST_SHOWN
-        );
-        assert_eq!(shown("  a  "), "a");
+        assert_eq!(shown(&"é".repeat(99), 60).chars().count(), 60);
+        assert_eq!(shown("  a  ", 60), "a");
     }
 }
