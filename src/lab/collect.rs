@@ -20,7 +20,7 @@ use super::states::RowStates;
 use crate::engine::request::{PositionSelection, Request};
 use crate::error::{Error, Result};
 
-/// Rows between two moments at which everything is on disk: what an interruption may cost.
+/// Rows between two moments at which everything is on disk: what a kill may cost.
 const ROWS_PER_FLUSH: usize = 64;
 
 /// What to keep of every row.
@@ -246,6 +246,9 @@ impl Folder {
 
     /// States first: a line in the index is the proof that its states are there.
     fn flush(&mut self) -> Result<()> {
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
         let failed = |error: std::io::Error| unwritten(&self.path, &error);
         for file in &mut self.sites {
             file.flush().map_err(failed)?;
@@ -258,6 +261,14 @@ impl Folder {
         }
         self.index.write_all(&lines).map_err(failed)?;
         self.index.sync_data().map_err(failed)
+    }
+}
+
+/// A run that is interrupted keeps what it has; one that is killed loses the rows since a flush.
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // What cannot be written here is read again by the run that goes on.
+        let _ = self.flush();
     }
 }
 
@@ -386,7 +397,6 @@ mod tests {
             let (line, states) = row(number);
             folder.push(line, &states, dtype).expect("pushes");
         }
-        folder.flush().expect("flushes");
     }
 
     fn sites() -> Vec<Site> {
