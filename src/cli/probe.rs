@@ -178,7 +178,7 @@ fn recorded(args: impl Iterator<Item = String>, exists: impl Fn(&str) -> bool) -
 }
 
 /// `generated:3` as well as the manifest's own `generated{3}`.
-fn positions(text: &str) -> std::result::Result<Positions, String> {
+pub(super) fn positions(text: &str) -> std::result::Result<Positions, String> {
     let manifest_text = match text.split_once(':') {
         Some(("generated", k)) => format!("generated{{{k}}}"),
         _ if text == "last" => "last_prompt_token".into(),
@@ -275,7 +275,7 @@ fn described(manifest: &Manifest) -> String {
     format!("{}\n", texts.join("\n\n"))
 }
 
-fn table(header: &[&str]) -> Table {
+pub(super) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header);
     table
