@@ -8,7 +8,7 @@ use inwit_probes::manifest::{Positions, SystemPromptRule, TrainedOn};
 use inwit_probes::{Site, manifest::DataRecord};
 use sha2::{Digest, Sha256};
 
-use super::bench::{Bench, Tick};
+use super::bench::{Bench, Tick, reading};
 use super::rows::{self, Row, at};
 use super::seeded::Seeded;
 use super::states::{RowStates, visit};
@@ -45,6 +45,29 @@ impl Labelled {
         let file = path.display().to_string();
         let rows = rows::read(path)?;
         let positives = labels(&file, &rows)?;
+        Self::checked(path, rows, positives, positions)
+    }
+
+    /// Reads a file of benign rows: what sets a threshold. They may go without a label; one that is
+    /// harmful or complied is an error.
+    pub fn read_benign(path: &Path, positions: Positions) -> Result<Self> {
+        let rows = rows::read(path)?;
+        let benign = |row: &&Row| matches!(row.label.as_deref(), None | Some("benign" | "refused"));
+        if let Some(row) = rows.iter().find(|row| !benign(row)) {
+            let message = "must be benign: it sets thresholds";
+            return Err(at(&path.display().to_string(), row.line, message));
+        }
+        let positives = vec![false; rows.len()];
+        Self::checked(path, rows, positives, positions)
+    }
+
+    fn checked(
+        path: &Path,
+        rows: Vec<Row>,
+        positives: Vec<bool>,
+        positions: Positions,
+    ) -> Result<Self> {
+        let file = path.display().to_string();
         let reads_answers = matches!(
             positions,
             Positions::Generated(_) | Positions::EveryGenerated
@@ -76,12 +99,7 @@ impl Labelled {
         mut each: impl FnMut(Example, &Request) -> Result<()>,
     ) -> Result<()> {
         let mut labels = self.positives.iter().zip(&self.rows);
-        // The states of an answer's end lie among the generated ones, so capture those.
-        let selection = match positions {
-            Positions::LastPromptToken => PositionSelection::LastPromptToken,
-            Positions::PromptContent => PositionSelection::AllPrompt,
-            Positions::Generated(_) | Positions::EveryGenerated => PositionSelection::Generated,
-        };
+        let selection = selection(positions);
         visit(
             bench,
             &self.file,
@@ -110,6 +128,19 @@ impl Labelled {
             },
         )
         .await
+    }
+
+    /// How many states of all rows a probe reads at each of its sites; runs no model.
+    pub fn tokens_read(&self, bench: &Bench, positions: Positions) -> Result<usize> {
+        let draft = |row: &Row| reading(row, &[Site::Embed], selection(positions));
+        let requests = bench.prepare(&self.file, &self.rows, draft)?;
+        let read = |request: &Request| {
+            let tokens = request.prompt.tokens.len() + answer(request).len();
+            (0..tokens)
+                .filter(|position| reads(positions, request, *position))
+                .count()
+        };
+        Ok(requests.iter().map(read).sum())
     }
 
     /// What requests the probe is trained on; rows that differ in form are an error.
@@ -176,6 +207,15 @@ pub fn record(path: &Path, rows: usize) -> Result<DataRecord> {
         sha256: hex::encode(Sha256::digest(&bytes)),
         rows: rows as u64,
     })
+}
+
+/// The states of an answer's end lie among the generated ones, so capture those.
+fn selection(positions: Positions) -> PositionSelection {
+    match positions {
+        Positions::LastPromptToken => PositionSelection::LastPromptToken,
+        Positions::PromptContent => PositionSelection::AllPrompt,
+        Positions::Generated(_) | Positions::EveryGenerated => PositionSelection::Generated,
+    }
 }
 
 /// Whether a probe at `positions` reads this position of the request.
@@ -333,6 +373,21 @@ mod tests {
         let error = Labelled::read(&path, Positions::EveryGenerated).expect_err("is rejected");
         assert!(error.to_string().contains("`answer`"), "{error}");
         assert!(Labelled::read(&path, Positions::LastPromptToken).is_ok());
+    }
+
+    #[test]
+    fn rows_that_set_thresholds_need_no_label_and_must_not_be_harmful() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("benign.jsonl");
+        let read = |text: &str| {
+            std::fs::write(&path, text).expect("writes");
+            Labelled::read_benign(&path, Positions::PromptContent)
+        };
+        let good = read("{\"text\":\"a\"}\n{\"text\":\"b\",\"label\":\"benign\"}");
+        assert_eq!(good.expect("reads").positives, [false, false]);
+        let bad = read("{\"text\":\"a\"}\n{\"text\":\"b\",\"label\":\"harmful\"}");
+        let message = bad.expect_err("is rejected").to_string();
+        assert!(message.contains("benign.jsonl:2"), "{message}");
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! Fits an attention-gathered probe: a value and a key vector over all tokens of a request,
-//! `logit = sum_t softmax(key)_t value_t`, by Adam on the logistic loss.
+//! `logit = sum_t softmax(key)_t value_t`, by AdamW on the logistic loss.
+//! Several sites are fitted together when their states lie side by side.
 
 use ndarray::{Array1, Array2, ArrayView1, Axis};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-use super::{balanced_rows, check_labels};
+use super::{ClassWeight, check_labels, weighted_rows};
 use crate::calibration::sigmoid;
 use crate::error::{Error, Result};
 use crate::probe::{Head, InputNorm};
@@ -24,10 +25,15 @@ pub struct AttentionData {
 #[derive(Debug, Clone, PartialEq)]
 pub struct AttentionParams {
     pub epochs: usize,
+    /// Requests per step.
     pub batch: usize,
     pub learning_rate: f32,
-    /// L2 penalty on value and key, per row.
+    /// L2 penalty on value and key, per row: a part of the gradient.
     pub alpha: f32,
+    /// Share of value and key that each step takes away, times the learning rate: beside the
+    /// gradient (Loshchilov and Hutter 2019).
+    pub weight_decay: f32,
+    pub class_weight: ClassWeight,
     pub seed: u64,
 }
 
@@ -38,6 +44,8 @@ impl Default for AttentionParams {
             batch: 32,
             learning_rate: 3e-3,
             alpha: 1e-3,
+            weight_decay: 0.0,
+            class_weight: ClassWeight::default(),
             seed: 0,
         }
     }
@@ -52,29 +60,27 @@ pub struct AttentionFit {
 }
 
 /// Fits a head for `Kind::Attention` and `Gather::Attention`. Deterministic given the seed.
+/// Takes the data, since the states of all tokens are large and are standardised in place.
 pub fn fit_attention(
-    data: &AttentionData,
+    mut data: AttentionData,
     site: Site,
     params: &AttentionParams,
 ) -> Result<AttentionFit> {
     data.check()?;
     params.check()?;
-    let (mean, scale) = data.standardisation();
-    let (centre, width) = (Array1::from(mean.clone()), Array1::from(scale.clone()));
-    let d_model = mean.len();
+    let (mean, scale) = data.standardise();
     let mut rng = ChaCha8Rng::seed_from_u64(params.seed);
-    let mut rows = balanced_rows(&data.y, &data.group, params.seed);
-    let mut pooling = Pooling::zero(d_model);
-    let mut adam = Adam::new(2 * d_model + 1, params.learning_rate);
+    let mut rows = weighted_rows(&data.y, &data.group, params.class_weight, params.seed);
+    let mut pooling = Pooling::zero(mean.len());
+    let mut adam = AdamW::new(2 * mean.len() + 1, params);
     let mut losses = Vec::with_capacity(params.epochs);
     for _ in 0..params.epochs {
         rows.shuffle(&mut rng);
         let mut loss = 0.0;
         for batch in rows.chunks(params.batch) {
-            let mut gradient = Pooling::zero(d_model);
+            let mut gradient = Pooling::zero(mean.len());
             for row in batch {
-                let x = (&data.x[*row] - &centre) / &width;
-                loss += pooling.add_gradient(&x, data.y[*row], &mut gradient);
+                loss += pooling.add_gradient(&data.x[*row], data.y[*row], &mut gradient);
             }
             gradient.scale(1.0 / batch.len() as f32);
             gradient.value.scaled_add(params.alpha, &pooling.value);
@@ -131,6 +137,17 @@ impl AttentionData {
         Ok(())
     }
 
+    /// Brings every dimension to mean 0 and scale 1, and gives what was taken away.
+    fn standardise(&mut self) -> (Vec<f32>, Vec<f32>) {
+        let (mean, scale) = self.standardisation();
+        let (centre, width) = (ArrayView1::from(&mean), ArrayView1::from(&scale));
+        for x in &mut self.x {
+            *x -= &centre;
+            *x /= &width;
+        }
+        (mean, scale)
+    }
+
     /// Over the requests' mean states and their spread within, weighting requests alike.
     fn standardisation(&self) -> (Vec<f32>, Vec<f32>) {
         let d_model = self.x[0].ncols();
@@ -168,8 +185,12 @@ impl AttentionParams {
                 "must be above 0",
             ));
         }
-        if !(self.alpha.is_finite() && self.alpha >= 0.0) {
-            return Err(Error::data("alpha", "must be finite and not below 0"));
+        let not_below_0 = |x: f32| x.is_finite() && x >= 0.0;
+        if !(not_below_0(self.alpha) && not_below_0(self.weight_decay)) {
+            return Err(Error::data(
+                "alpha, weight_decay",
+                "must be finite and not below 0",
+            ));
         }
         Ok(())
     }
@@ -206,9 +227,12 @@ impl Pooling {
         let pooled = weights.dot(&values);
         let logit = f64::from(pooled + self.bias);
         let error = (sigmoid(logit) - f64::from(u8::from(positive))) as f32;
-        gradient.value.scaled_add(error, &x.t().dot(&weights));
-        let pull = &weights * &(values - pooled);
-        gradient.key.scaled_add(error, &x.t().dot(&pull));
+        // Token by token: a product with the transposed states would read them column by column.
+        for ((token, weight), value) in x.rows().into_iter().zip(&weights).zip(&values) {
+            gradient.value.scaled_add(error * weight, &token);
+            let pull = error * weight * (value - pooled);
+            gradient.key.scaled_add(pull, &token);
+        }
         gradient.bias += error;
         let sign = if positive { -1.0 } else { 1.0 };
         super::logistic::softplus(sign * logit) as f32
@@ -227,27 +251,32 @@ fn softmax(keys: ArrayView1<'_, f32>) -> Array1<f32> {
     raised / sum
 }
 
-/// Adam (Kingma and Ba 2015) with its usual constants.
-struct Adam {
+/// AdamW (Loshchilov and Hutter 2019) with its usual constants; the bias does not decay.
+struct AdamW {
     first: Vec<f32>,
     second: Vec<f32>,
     steps: i32,
     rate: f32,
+    decay: f32,
 }
 
-impl Adam {
-    fn new(len: usize, rate: f32) -> Self {
+impl AdamW {
+    fn new(len: usize, params: &AttentionParams) -> Self {
         Self {
             first: vec![0.0; len],
             second: vec![0.0; len],
             steps: 0,
-            rate,
+            rate: params.learning_rate,
+            decay: params.weight_decay,
         }
     }
 
     fn step(&mut self, at: &mut Pooling, gradient: &Pooling) {
         const FADE: (f32, f32) = (0.9, 0.999);
         self.steps = self.steps.saturating_add(1);
+        let kept = 1.0 - self.rate * self.decay;
+        at.value *= kept;
+        at.key *= kept;
         let rate =
             self.rate * (1.0 - FADE.1.powi(self.steps)).sqrt() / (1.0 - FADE.0.powi(self.steps));
         let slopes = gradient
@@ -309,7 +338,7 @@ mod tests {
             learning_rate: 2e-2,
             ..AttentionParams::default()
         };
-        let fit = fit_attention(&needles(400, 1), Site::Embed, &params).unwrap();
+        let fit = fit_attention(needles(400, 1), Site::Embed, &params).unwrap();
         let fresh = needles(200, 2);
         let logits: Vec<f32> = fresh.x.iter().map(|x| gathered(&fit.head, x)).collect();
         let auroc = crate::metrics::auroc(&logits, &fresh.y).unwrap();
@@ -349,8 +378,8 @@ mod tests {
             epochs: 3,
             ..AttentionParams::default()
         };
-        let first = fit_attention(&data, Site::Embed, &params).unwrap();
-        assert_eq!(first, fit_attention(&data, Site::Embed, &params).unwrap());
+        let first = fit_attention(data.clone(), Site::Embed, &params).unwrap();
+        assert_eq!(first, fit_attention(data, Site::Embed, &params).unwrap());
     }
 
     #[test]
@@ -362,7 +391,7 @@ mod tests {
         ] {
             let mut data = needles(10, 6);
             data.x[4] = bad;
-            let message = fit_attention(&data, Site::Embed, &AttentionParams::default())
+            let message = fit_attention(data, Site::Embed, &AttentionParams::default())
                 .unwrap_err()
                 .to_string();
             assert!(message.contains("request 4"), "{message}");
