@@ -245,6 +245,10 @@ mod tests {
             "inwit lab vector --harmful a.jsonl --benign b.jsonl \
              --site blocks.16.hook_resid_post --out v.safetensors",
         );
+        check_parses(
+            "inwit lab vector --harmful a.jsonl --benign b.jsonl --null-space-energy 0.99 \
+             --site blocks.16.hook_resid_post --out v.safetensors",
+        );
         check_parses("inwit demo");
     }
 

@@ -11,8 +11,9 @@ pub(super) struct RecipeArgs {
     /// What to fit
     #[arg(long, value_enum, default_value = "logistic")]
     pub kind: KindArg,
-    /// What the positive rows together weigh against the negative ones, by drawing rows of the rarer
-    /// class again, group by group: balanced, none (as they are), or e.g. 2:1
+    /// What the positive rows together weigh against the negative ones: balanced, none (as they
+    /// are), or e.g. 2:1; by drawing rows of the rarer class again, group by group (attention: in
+    /// the loss)
     #[arg(long, value_name = "WEIGHT", default_value = "balanced")]
     pub class_weight: ClassWeight,
     /// Strength of the L2 penalty, for logistic and attention; given several times, cross-validation
@@ -25,16 +26,22 @@ pub(super) struct RecipeArgs {
     /// Units between the layers of two_layer [default: 64]
     #[arg(long, value_name = "UNITS")]
     pub hidden: Option<usize>,
-    /// Times that two_layer and attention see every row [default: 20]
+    /// Attention heads over the same tokens, 1 to 16 [default: 8]
+    #[arg(long, value_name = "HEADS")]
+    pub attention_heads: Option<usize>,
+    /// Steps in which attention's learning rate rises, before it falls to 0 [default: 50]
+    #[arg(long, value_name = "STEPS")]
+    pub warm_up: Option<usize>,
+    /// Times that two_layer and attention see every row [default: 20 and 6]
     #[arg(long)]
     pub epochs: Option<usize>,
-    /// Rows per step [default: 8 for two_layer, 32 for attention]
+    /// Rows per step [default: 8 for two_layer, 64 for attention]
     #[arg(long, value_name = "ROWS")]
     pub batch: Option<usize>,
-    /// Of AdamW [default: 0.0001 for two_layer, 0.003 for attention]
+    /// Of AdamW [default: 0.0001 for two_layer, 0.001 for attention]
     #[arg(long, value_name = "RATE")]
     pub learning_rate: Option<f64>,
-    /// Of AdamW [default: 0.01 for two_layer, 0 for attention]
+    /// Of AdamW [default: 0.01 for two_layer, 1 for attention]
     #[arg(long, value_name = "SHARE")]
     pub weight_decay: Option<f64>,
     /// Of the split, the draws and the fit
@@ -76,6 +83,8 @@ impl RecipeArgs {
             alphas: self.alphas.clone(),
             shrinkage: self.shrinkage,
             hidden: self.hidden,
+            attention_heads: self.attention_heads,
+            warm_up: self.warm_up,
             epochs: self.epochs,
             batch: self.batch,
             learning_rate: self.learning_rate,

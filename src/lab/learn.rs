@@ -36,6 +36,10 @@ pub struct Recipe {
     pub shrinkage: Option<f64>,
     /// Units between the layers.
     pub hidden: Option<usize>,
+    /// Attention heads over the same tokens.
+    pub attention_heads: Option<usize>,
+    /// Steps in which attention's learning rate rises.
+    pub warm_up: Option<usize>,
     pub epochs: Option<usize>,
     /// Rows or requests per step.
     pub batch: Option<usize>,
@@ -73,6 +77,8 @@ impl Recipe {
             alphas: Vec::new(),
             shrinkage: None,
             hidden: None,
+            attention_heads: None,
+            warm_up: None,
             epochs: None,
             batch: None,
             learning_rate: None,
@@ -93,6 +99,16 @@ impl Recipe {
                 self.kind == Kind::Lda,
             ),
             ("hidden", self.hidden.is_some(), self.kind == Kind::TwoLayer),
+            (
+                "attention_heads",
+                self.attention_heads.is_some(),
+                self.kind == Kind::Attention,
+            ),
+            (
+                "warm_up",
+                self.warm_up.is_some(),
+                self.kind == Kind::Attention,
+            ),
             ("epochs", self.epochs.is_some(), descends),
             ("batch", self.batch.is_some(), descends),
             ("learning_rate", self.learning_rate.is_some(), descends),
@@ -151,6 +167,8 @@ impl Recipe {
             }
             Kind::Attention => {
                 let params = self.attention();
+                add("attention heads", params.heads.to_string());
+                add("warm-up", params.warm_up.to_string());
                 add("epochs", params.epochs.to_string());
                 add("batch", params.batch.to_string());
                 add("learning rate", params.learning_rate.to_string());
@@ -178,6 +196,8 @@ impl Recipe {
         let own = AttentionParams::default();
         let narrow = |value: Option<f64>, own: f32| value.map_or(own, |value| value as f32);
         AttentionParams {
+            heads: self.attention_heads.unwrap_or(own.heads),
+            warm_up: self.warm_up.unwrap_or(own.warm_up),
             epochs: self.epochs.unwrap_or(own.epochs),
             batch: self.batch.unwrap_or(own.batch),
             learning_rate: narrow(self.learning_rate, own.learning_rate),
@@ -440,6 +460,13 @@ pub(super) mod tests {
             Kind::TwoLayer => {
                 recipe.hidden = Some(8);
                 recipe.learning_rate = Some(1e-2);
+            }
+            Kind::Attention => {
+                recipe.attention_heads = Some(2);
+                recipe.epochs = Some(20);
+                recipe.batch = Some(16);
+                recipe.learning_rate = Some(2e-2);
+                recipe.weight_decay = Some(0.01);
             }
             _ => {}
         }

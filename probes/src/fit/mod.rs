@@ -116,6 +116,21 @@ pub enum ClassWeight {
 
 impl ClassWeight {
     const MOST: f64 = 100.0;
+
+    /// What each row weighs in a loss, with a mean of 1. Both classes must be there.
+    pub fn of_rows(self, y: &[bool]) -> Vec<f32> {
+        let ratio = match self {
+            Self::None => return vec![1.0; y.len()],
+            Self::Balanced => 1.0,
+            Self::Ratio(ratio) => ratio,
+        };
+        let positives = y.iter().filter(|y| **y).count() as f64;
+        let rows = y.len() as f64;
+        let positive = rows * ratio / (ratio + 1.0) / positives;
+        let negative = rows / (ratio + 1.0) / (rows - positives);
+        let weight = |y: &bool| if *y { positive } else { negative };
+        y.iter().map(|y| weight(y) as f32).collect()
+    }
 }
 
 impl fmt::Display for ClassWeight {
@@ -389,6 +404,27 @@ pub(crate) mod tests {
         check("3:2", Some(ClassWeight::Ratio(1.5)));
         for bad in ["", "even", "1:0", "0:1", "1:1000", "-1:2", "nan:1", "1:2:3"] {
             check(bad, None);
+        }
+    }
+
+    #[test]
+    fn weights_in_a_loss_have_the_ratio_and_a_mean_of_one() {
+        let y: Vec<bool> = (0..300).map(|row| row % 3 == 0).collect();
+        for (weight, ratio) in [
+            (ClassWeight::Balanced, 1.0),
+            (ClassWeight::None, 0.5),
+            (ClassWeight::Ratio(4.0), 4.0),
+        ] {
+            let weights = weight.of_rows(&y);
+            let of = |class: bool| -> f32 {
+                let rows = weights.iter().zip(&y).filter(|(_, y)| **y == class);
+                rows.map(|(weight, _)| weight).sum()
+            };
+            assert!((of(true) / of(false) - ratio).abs() < 1e-4, "{weight}");
+            assert!(
+                (weights.iter().sum::<f32>() - 300.0).abs() < 1e-2,
+                "{weight}"
+            );
         }
     }
 
