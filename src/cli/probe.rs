@@ -66,6 +66,10 @@ pub(super) struct FitArgs {
     /// Where to write the probe
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// Folders of `lab collect`: where one holds the states of a file given here, they are read
+    /// instead of running the model; several may be given
+    #[arg(long, value_name = "FOLDER", num_args = 1..)]
+    states: Vec<PathBuf>,
     #[command(flatten)]
     recipe: RecipeArgs,
     #[command(flatten)]
@@ -90,7 +94,8 @@ async fn run_fit(args: FitArgs) -> Result<Exit> {
     ];
     let data: Vec<&Path> = data.into_iter().flatten().map(PathBuf::as_path).collect();
     let mut file = paths::open(&args.out, &data)?;
-    let bench = args.model.bench(Some("off"), Some("off")).await?;
+    let mut bench = args.model.bench(Some("off"), Some("off")).await?;
+    bench.use_states(&args.states, &data)?;
     let options = Options {
         name: args.name,
         train: args.data,
@@ -125,9 +130,10 @@ fn show(file: &Path) -> Result<Exit> {
 }
 
 /// Options whose values are files and folders.
-const PATHS: [&str; 11] = [
+const PATHS: [&str; 12] = [
     "--data",
     "--dev",
+    "--states",
     "--out",
     "--calibration-data",
     "--canary-data",

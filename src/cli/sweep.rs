@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use inwit_probes::{Gather, Metric, Positions};
+use inwit_probes::{Gather, Kind, Metric, Positions};
 
 use super::Exit;
 use super::open::{ModelArgs, ticking};
@@ -15,7 +15,6 @@ use crate::error::{Error, Result};
 use crate::lab::layer_plot;
 use crate::lab::scored::Ranking;
 use crate::lab::sweep::{MOST_STATES, Options, SiteChoice, Sweep, sweep};
-use inwit_probes::Kind;
 
 /// One penalty for every site, since a search at each takes twenty times as long.
 const ALPHA: f64 = 0.01;
@@ -47,6 +46,10 @@ pub(super) struct SweepArgs {
     /// Folder for sweep.json and sweep.svg; it is made if need be
     #[arg(long, value_name = "FOLDER")]
     out: PathBuf,
+    /// Folders of `lab collect`: where one holds the states of a file given here, they are read
+    /// instead of running the model; several may be given
+    #[arg(long, value_name = "FOLDER", num_args = 1..)]
+    states: Vec<PathBuf>,
     #[command(flatten)]
     recipe: RecipeArgs,
     #[command(flatten)]
@@ -61,6 +64,8 @@ pub(super) async fn run(args: SweepArgs) -> Result<Exit> {
     let mut json = paths::open(&args.out.join("sweep.json"), &data)?;
     let mut svg = paths::open(&args.out.join("sweep.svg"), &data)?;
 
+    let mut bench = args.model.bench(Some("off"), Some("off")).await?;
+    bench.use_states(&args.states, &data)?;
     let (mut recipe, _) = args.recipe.recipe(args.gather.into_iter().collect());
     if recipe.kind == Kind::Logistic && recipe.alphas.is_empty() {
         recipe.alphas.push(ALPHA);
@@ -74,7 +79,6 @@ pub(super) async fn run(args: SweepArgs) -> Result<Exit> {
         most_states: MOST_STATES,
         command: command_line(),
     };
-    let bench = args.model.bench(Some("off"), Some("off")).await?;
     let mut progress = Progress::new("prompts");
     let mut tick = ticking(&mut progress);
     let found = sweep(&bench, &options, &mut tick).await?;

@@ -1,12 +1,15 @@
 //! Runs the rows of a data file through the engine: many in flight, results in input order.
 //! Knows requests and events; knows nothing of what is done with the results.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures::{StreamExt, stream};
-use inwit_probes::Site;
+use inwit_probes::{DataRecord, Site};
 
-use super::fit::unfit;
+use super::collected::Collected;
+use super::examples::record;
+use super::fit::{identity, unfit};
 use super::output::end_without_token;
 use super::rows::{Row, RowPrompt, at};
 use crate::engine::event::{Captured, Completed, Event, FinishReason, Score};
@@ -14,6 +17,7 @@ use crate::engine::fold::Folded;
 use crate::engine::handle::Engine;
 use crate::engine::prepare::{CaptureDraft, Defaults, Draft, MonitorDraft, PromptDraft, prepare};
 use crate::engine::request::{PositionSelection, Request};
+use crate::engine::sampler::TokenLogprobs;
 use crate::error::{Error, Result};
 use crate::model::Message;
 use crate::policy::{Action, Mode};
@@ -29,6 +33,8 @@ pub struct Bench {
     pub defaults: Defaults,
     /// Enough to keep the engine's batch full.
     pub in_flight: usize,
+    /// States that need not be read again; see `use_states`.
+    pub states: Vec<Collected>,
 }
 
 /// A row that went through the engine.
@@ -47,6 +53,8 @@ pub struct Outcome {
     pub action: Action,
     /// One per detector, and per probe without one.
     pub scores: Vec<Score>,
+    /// Per token; only where they were asked for.
+    pub logprobs: Vec<TokenLogprobs>,
     /// Per token; only with `return_scores`.
     pub token_scores: Vec<Score>,
     pub captured: Vec<Captured>,
@@ -55,6 +63,37 @@ pub struct Outcome {
 impl Bench {
     pub fn d_model(&self) -> usize {
         self.engine.info().config.d_model
+    }
+
+    /// Takes the states of these data files from folders that `lab collect` wrote, instead of
+    /// running the model.
+    ///
+    /// # Errors
+    /// A folder that cannot be read, holds another model's states, or those of another file.
+    pub fn use_states(&mut self, folders: &[PathBuf], data: &[&Path]) -> Result<()> {
+        let hash = |path: &&Path| record(path, 0).map(|record| record.sha256);
+        let hashes: Vec<String> = data.iter().map(hash).collect::<Result<_>>()?;
+        for folder in folders {
+            let collected = Collected::open(folder)?;
+            collected.check_model(&identity(self))?;
+            let of = &collected.manifest().data;
+            if !hashes.contains(&of.sha256) {
+                let message = format!(
+                    "holds the states of another file, {}; collect the states of the data that \
+                     you give",
+                    of.name
+                );
+                return Err(Error::file(folder.display(), message));
+            }
+            self.states.push(collected);
+        }
+        Ok(())
+    }
+
+    /// The states of a data file, where they were collected.
+    pub fn states_of(&self, data: &DataRecord) -> Option<&Collected> {
+        let is_of = |collected: &&Collected| collected.manifest().data.sha256 == data.sha256;
+        self.states.iter().find(is_of)
     }
 
     /// Refuses sites that the loaded model does not have.
@@ -97,7 +136,7 @@ impl Bench {
     ) -> Result<()> {
         let total = rows.len();
         let one = |(row, request): (_, Request)| async move {
-            (row, self.one(request.clone()).await, request)
+            (row, self.answer(request.clone()).await, request)
         };
         let work = rows.iter().zip(requests);
         let mut outcomes = stream::iter(work).map(one).buffered(self.in_flight.max(1));
@@ -116,7 +155,10 @@ impl Bench {
         Ok(())
     }
 
-    async fn one(&self, request: Request) -> Result<Outcome> {
+    /// Runs one request to its end, waiting for room in the queue.
+    ///
+    /// A request that the policy or a monitor ended is an outcome.
+    pub async fn answer(&self, request: Request) -> Result<Outcome> {
         loop {
             match self.engine.submit(request.clone()) {
                 Ok(mut events) => {
@@ -230,6 +272,7 @@ impl Gathered {
             finish_reason,
             action,
             scores,
+            logprobs: self.folded.logprobs,
             token_scores: self.token_scores,
             captured: self.captured,
         })

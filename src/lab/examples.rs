@@ -2,6 +2,7 @@
 //! Knows which positions a probe reads; knows no fitting.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use inwit_probes::manifest::{Positions, SystemPromptRule, TrainedOn};
@@ -9,6 +10,7 @@ use inwit_probes::{Site, manifest::DataRecord};
 use sha2::{Digest, Sha256};
 
 use super::bench::{Bench, Tick, reading};
+use super::collected::Collected;
 use super::rows::{self, Row, at};
 use super::seeded::Seeded;
 use super::states::{RowStates, visit};
@@ -89,7 +91,8 @@ impl Labelled {
         })
     }
 
-    /// Reads the states of every row and hands the examples over in the order of the file.
+    /// Reads the states of every row and hands the examples over in the order of the file; states
+    /// that the bench has collected are not computed again.
     pub async fn visit(
         &self,
         bench: &Bench,
@@ -98,6 +101,9 @@ impl Labelled {
         tick: Tick<'_>,
         mut each: impl FnMut(Example, &Request) -> Result<()>,
     ) -> Result<()> {
+        if let Some(collected) = bench.states_of(&self.record) {
+            return self.visit_collected(bench, collected, (sites, positions), tick, each);
+        }
         let mut labels = self.positives.iter().zip(&self.rows);
         let selection = selection(positions);
         visit(
@@ -128,6 +134,33 @@ impl Labelled {
             },
         )
         .await
+    }
+
+    fn visit_collected(
+        &self,
+        bench: &Bench,
+        collected: &Collected,
+        (sites, positions): (&[Site], Positions),
+        tick: Tick<'_>,
+        mut each: impl FnMut(Example, &Request) -> Result<()>,
+    ) -> Result<()> {
+        let draft = |row: &Row| reading(row, sites, selection(positions));
+        let requests = bench.prepare(&self.file, &self.rows, draft)?;
+        let total = self.rows.len();
+        for (done, (request, states)) in requests.iter().zip(collected.rows()).enumerate() {
+            let line = self.rows[done].line;
+            let example = states.example(sites, positions, self.positives[done])?;
+            if example.tokens != tokens(request) {
+                let message = "has other tokens than when its states were collected; collect again";
+                return Err(at(&self.file, line, message));
+            }
+            if example.states.positions.is_empty() {
+                return Err(at(&self.file, line, "has no token that the probe reads"));
+            }
+            each(example, request)?;
+            tick(done + 1, total);
+        }
+        Ok(())
     }
 
     /// How many states of all rows a probe reads at each of its sites; runs no model.
@@ -219,21 +252,31 @@ fn selection(positions: Positions) -> PositionSelection {
 }
 
 /// Whether a probe at `positions` reads this position of the request.
-/// An answer that ends before token k is read at its end.
 fn reads(positions: Positions, request: &Request, position: usize) -> bool {
-    let prompt = request.prompt.tokens.len();
+    let answer = answer(request).len();
+    read_at(positions, &request.prompt.content, answer, position)
+}
+
+/// Whether a probe at `positions` reads this position of a request whose prompt ends where its
+/// content does and whose answer has so many tokens.
+/// An answer that ends before token k is read at its end.
+pub(super) fn read_at(
+    positions: Positions,
+    content: &Range<usize>,
+    answer: usize,
+    position: usize,
+) -> bool {
+    let prompt = content.end;
     match positions {
         Positions::LastPromptToken => position + 1 == prompt,
-        Positions::PromptContent => request.prompt.content.contains(&position),
+        Positions::PromptContent => content.contains(&position),
         Positions::EveryGenerated => position >= prompt,
-        Positions::Generated(k) => {
-            let answer = answer(request).len();
-            position + 1 == prompt + answer.min(k as usize)
-        }
+        Positions::Generated(k) => position + 1 == prompt + answer.min(k as usize),
     }
 }
 
-fn answer(request: &Request) -> &[u32] {
+/// The tokens of a finished answer.
+pub(super) fn answer(request: &Request) -> &[u32] {
     match &request.work {
         Work::Score { answer } => answer,
         Work::Generate => &[],
