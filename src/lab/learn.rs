@@ -40,6 +40,8 @@ pub struct Recipe {
     pub attention_heads: Option<usize>,
     /// Steps in which attention's learning rate rises.
     pub warm_up: Option<usize>,
+    /// Share of a request's tokens that a step of attention does not see.
+    pub token_dropout: Option<f64>,
     pub epochs: Option<usize>,
     /// Rows or requests per step.
     pub batch: Option<usize>,
@@ -79,6 +81,7 @@ impl Recipe {
             hidden: None,
             attention_heads: None,
             warm_up: None,
+            token_dropout: None,
             epochs: None,
             batch: None,
             learning_rate: None,
@@ -107,6 +110,11 @@ impl Recipe {
             (
                 "warm_up",
                 self.warm_up.is_some(),
+                self.kind == Kind::Attention,
+            ),
+            (
+                "token_dropout",
+                self.token_dropout.is_some(),
                 self.kind == Kind::Attention,
             ),
             ("epochs", self.epochs.is_some(), descends),
@@ -169,6 +177,7 @@ impl Recipe {
                 let params = self.attention();
                 add("attention heads", params.heads.to_string());
                 add("warm-up", params.warm_up.to_string());
+                add("token dropout", params.token_dropout.to_string());
                 add("epochs", params.epochs.to_string());
                 add("batch", params.batch.to_string());
                 add("learning rate", params.learning_rate.to_string());
@@ -198,6 +207,7 @@ impl Recipe {
         AttentionParams {
             heads: self.attention_heads.unwrap_or(own.heads),
             warm_up: self.warm_up.unwrap_or(own.warm_up),
+            token_dropout: narrow(self.token_dropout, own.token_dropout),
             epochs: self.epochs.unwrap_or(own.epochs),
             batch: self.batch.unwrap_or(own.batch),
             learning_rate: narrow(self.learning_rate, own.learning_rate),
@@ -467,6 +477,7 @@ pub(super) mod tests {
                 recipe.batch = Some(16);
                 recipe.learning_rate = Some(2e-2);
                 recipe.weight_decay = Some(0.01);
+                recipe.token_dropout = Some(0.0);
             }
             _ => {}
         }

@@ -2,6 +2,7 @@
 //! request, `logit = b + sum_h sum_t softmax_t(key_h) value_{h,t}`, by AdamW on the logistic loss.
 //! Several sites are fitted together when their states lie side by side.
 
+use std::borrow::Cow;
 use std::f32::consts::PI;
 
 use ndarray::linalg::general_mat_mul;
@@ -42,6 +43,9 @@ pub struct AttentionParams {
     /// Share of values and keys that each step takes away, times the learning rate: beside the
     /// gradient (Loshchilov and Hutter 2019).
     pub weight_decay: f32,
+    /// Share of a request's tokens that a step does not see, drawn anew each time, never the first:
+    /// the heads must not lean on one token.
+    pub token_dropout: f32,
     /// Here the classes are weighted in the loss, so that no row is seen twice an epoch.
     pub class_weight: ClassWeight,
     pub seed: u64,
@@ -57,6 +61,7 @@ impl Default for AttentionParams {
             warm_up: 50,
             alpha: 0.0,
             weight_decay: 1.0,
+            token_dropout: 0.3,
             class_weight: ClassWeight::default(),
             seed: 0,
         }
@@ -94,8 +99,8 @@ pub fn fit_attention(
         for batch in rows.chunks(params.batch) {
             let mut gradient = Pooling::zero(params.heads, mean.len());
             for row in batch {
-                let (x, positive) = (&data.x[*row], data.y[*row]);
-                loss += pooling.add_gradient(x, positive, weights[*row], &mut gradient);
+                let x = seen(&data.x[*row], params.token_dropout, &mut rng);
+                loss += pooling.add_gradient(&x, data.y[*row], weights[*row], &mut gradient);
             }
             gradient.scale(1.0 / batch.len() as f32);
             gradient.weight.scaled_add(params.alpha, &pooling.weight);
@@ -120,6 +125,16 @@ pub fn fit_attention(
         norm: InputNorm::Standard { mean, scale },
     };
     Ok(AttentionFit { head, losses })
+}
+
+/// The tokens of a request that one step sees.
+fn seen<'a>(x: &'a Array2<f32>, dropout: f32, rng: &mut ChaCha8Rng) -> Cow<'a, Array2<f32>> {
+    if dropout == 0.0 {
+        return Cow::Borrowed(x);
+    }
+    let mut kept = |token: &usize| *token == 0 || rng.r#gen::<f32>() >= dropout;
+    let tokens: Vec<usize> = (0..x.nrows()).filter(|token| kept(token)).collect();
+    Cow::Owned(x.select(Axis(0), &tokens))
 }
 
 impl AttentionData {
@@ -204,6 +219,12 @@ impl AttentionParams {
             return Err(Error::data(
                 "epochs, batch, learning_rate",
                 "must be above 0",
+            ));
+        }
+        if !(0.0..1.0).contains(&self.token_dropout) {
+            return Err(Error::data(
+                "token_dropout",
+                "must be at least 0 and below 1",
             ));
         }
         let not_below_0 = |x: f32| x.is_finite() && x >= 0.0;
@@ -391,6 +412,7 @@ mod tests {
                 batch: 32,
                 learning_rate: 2e-2,
                 weight_decay: 0.01,
+                token_dropout: 0.0,
                 ..AttentionParams::default()
             };
             let fit = fit_attention(needles(400, 1), Site::Embed, &params).unwrap();
@@ -415,6 +437,18 @@ mod tests {
     }
 
     #[test]
+    fn dropped_tokens_are_about_that_share_and_never_the_first() {
+        let mut rng = ChaCha8Rng::seed_from_u64(8);
+        let x = Array2::from_shape_fn((1000, 1), |(token, _)| token as f32);
+        let kept = seen(&x, 0.3, &mut rng);
+        assert!((650..750).contains(&kept.nrows()), "{}", kept.nrows());
+        assert_eq!(kept[[0, 0]], 0.0);
+        assert_eq!(*seen(&x, 0.0, &mut rng), x);
+        let one = Array2::zeros((1, 1));
+        assert!((0..50).all(|_| seen(&one, 0.9, &mut rng).nrows() == 1));
+    }
+
+    #[test]
     fn settings_that_mean_nothing_are_refused() {
         let check = |change: fn(&mut AttentionParams), field: &str| {
             let mut bad = AttentionParams::default();
@@ -427,6 +461,7 @@ mod tests {
         check(|p| p.batch = 0, "batch");
         check(|p| p.learning_rate = f32::NAN, "learning_rate");
         check(|p| p.weight_decay = -1.0, "weight_decay");
+        check(|p| p.token_dropout = 1.0, "token_dropout");
     }
 
     #[test]
