@@ -4,7 +4,7 @@ use clap::ValueEnum;
 use inwit_probes::fit::ClassWeight;
 use inwit_probes::{Gather, Kind};
 
-use crate::lab::learn::Recipe;
+use crate::lab::learn::{HELD_OUT, Recipe};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct RecipeArgs {
@@ -32,6 +32,9 @@ pub(super) struct RecipeArgs {
     /// Steps in which attention's learning rate rises, before it falls to 0 [default: 50]
     #[arg(long, value_name = "STEPS")]
     pub warm_up: Option<usize>,
+    /// Most tokens of a request that attention learns from, its first and its last [default: all]
+    #[arg(long, value_name = "TOKENS")]
+    pub most_tokens: Option<usize>,
     /// Share of a request's tokens that a step of attention does not see, drawn anew each time
     /// [default: 0.3]
     #[arg(long, value_name = "SHARE")]
@@ -48,6 +51,9 @@ pub(super) struct RecipeArgs {
     /// Of AdamW [default: 0.01 for two_layer, 1 for attention]
     #[arg(long, value_name = "SHARE")]
     pub weight_decay: Option<f64>,
+    /// Share of the groups that no fit sees, for calibrating and measuring
+    #[arg(long, value_name = "SHARE", default_value_t = HELD_OUT)]
+    pub held_out: f64,
     /// Of the split, the draws and the fit
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -90,10 +96,12 @@ impl RecipeArgs {
             attention_heads: self.attention_heads,
             warm_up: self.warm_up,
             token_dropout: self.token_dropout,
+            most_tokens: self.most_tokens,
             epochs: self.epochs,
             batch: self.batch,
             learning_rate: self.learning_rate,
             weight_decay: self.weight_decay,
+            held_out: self.held_out,
             ..Recipe::new(kind, gather, self.seed)
         };
         match gathers.is_empty() {

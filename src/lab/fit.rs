@@ -17,8 +17,6 @@ use super::seeded::Seeded;
 use crate::engine::request::PromptForm;
 use crate::error::{Error, Result};
 
-/// The share of the groups on which the probe is calibrated and measured.
-pub const HELD_OUT: f64 = 0.2;
 /// False-positive rates that get a threshold.
 const RATES: [f64; 3] = [0.001, 0.01, 0.05];
 /// Answer lengths for which a probe of every generated token gets thresholds.
@@ -69,7 +67,7 @@ pub async fn fit(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Fit
     let train = Labelled::read(&options.train, options.positions)?;
     let (examples, forms) = collect(bench, &train, options, &mut *tick).await?;
     let trained_on = train.form(&forms)?;
-    let (rest, held_out) = split(examples, options.recipe.seed, HELD_OUT);
+    let (rest, held_out) = split(examples, options.recipe.seed, options.recipe.held_out);
 
     let mut work = Work::new(bench.d_model(), options);
     let (learnt, rest) = work.learn(rest).await?;
@@ -475,14 +473,20 @@ mod tests {
             ..options(kind, gather)
         };
         let mut work = Work::new(tiny::D_MODEL, &options);
-        let (rest, held_out) = split(tiny::examples(240), 1, HELD_OUT);
+        let (rest, held_out) = split(tiny::examples(240), 1, 0.2);
         let probe = probe(&work, &rest);
         let scored = Scored::all(&probe, &work.readings(&held_out)).expect("scores");
         let calibration = work
             .calibrate(&gather, &scored, &scored)
             .expect("calibrates");
         let auroc = work.metrics[&format!("held_out_auroc_{}", plain(&gather))];
-        assert!(auroc.value > 0.9, "{kind:?}: {auroc:?}");
+        // Under k_of_n a third of these requests has no number and ranks lowest.
+        let least = if matches!(gather, Gather::KOfN { .. }) {
+            0.6
+        } else {
+            0.9
+        };
+        assert!(auroc.value > least, "{kind:?}: {auroc:?}");
         assert!(calibration.probability(100.0) > calibration.probability(-100.0));
         let isotonic = matches!(calibration.kind, CalibrationKind::Isotonic { .. });
         assert_eq!(isotonic, curve == Curve::Isotonic);

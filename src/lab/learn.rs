@@ -19,6 +19,8 @@ use crate::error::{Error, Result};
 /// Tokens of one request that a fit of single tokens learns from: long requests do not outvote
 /// short ones.
 const TOKENS_PER_REQUEST: usize = 8;
+/// The share of the groups on which a probe is calibrated and measured, unless told otherwise.
+pub const HELD_OUT: f64 = 0.2;
 /// How far an LDA's covariance is shrunk unless told otherwise.
 const SHRINKAGE: f64 = 0.1;
 
@@ -40,6 +42,8 @@ pub struct Recipe {
     pub attention_heads: Option<usize>,
     /// Steps in which attention's learning rate rises.
     pub warm_up: Option<usize>,
+    /// The most tokens of a request that attention learns from: its first and its last.
+    pub most_tokens: Option<usize>,
     /// Share of a request's tokens that a step of attention does not see.
     pub token_dropout: Option<f64>,
     pub epochs: Option<usize>,
@@ -47,6 +51,9 @@ pub struct Recipe {
     pub batch: Option<usize>,
     pub learning_rate: Option<f64>,
     pub weight_decay: Option<f64>,
+    /// Share of the groups that no fit sees.
+    pub held_out: f64,
+    /// Of the split, the draws and the fit.
     pub seed: u64,
 }
 
@@ -82,10 +89,12 @@ impl Recipe {
             attention_heads: None,
             warm_up: None,
             token_dropout: None,
+            most_tokens: None,
             epochs: None,
             batch: None,
             learning_rate: None,
             weight_decay: None,
+            held_out: HELD_OUT,
             seed,
         }
     }
@@ -113,6 +122,11 @@ impl Recipe {
                 self.kind == Kind::Attention,
             ),
             (
+                "most_tokens",
+                self.most_tokens.is_some(),
+                self.kind == Kind::Attention,
+            ),
+            (
                 "token_dropout",
                 self.token_dropout.is_some(),
                 self.kind == Kind::Attention,
@@ -128,6 +142,15 @@ impl Recipe {
                 name_of(self.kind)
             );
             return Err(Error::invalid(*name, message));
+        }
+        if !(self.held_out > 0.0 && self.held_out < 1.0) {
+            return Err(Error::invalid(
+                "held_out",
+                "must lie strictly between 0 and 1",
+            ));
+        }
+        if self.most_tokens == Some(0) {
+            return Err(Error::invalid("most_tokens", "must be above 0"));
         }
         if self.kind == Kind::Attention && self.alphas.len() > 1 {
             let message = "takes one value for attention; only logistic chooses among several";
@@ -177,6 +200,9 @@ impl Recipe {
                 let params = self.attention();
                 add("attention heads", params.heads.to_string());
                 add("warm-up", params.warm_up.to_string());
+                if let Some(most) = self.most_tokens {
+                    add("most tokens", most.to_string());
+                }
                 add("token dropout", params.token_dropout.to_string());
                 add("epochs", params.epochs.to_string());
                 add("batch", params.batch.to_string());
@@ -243,7 +269,7 @@ pub fn learn(recipe: &Recipe, sites: &[Site], readings: &Readings<'_>) -> Result
     let mut learnt = Learnt::default();
     let joint = match recipe.kind {
         Kind::Attention => {
-            let data = readings.requests(sites)?;
+            let data = readings.requests(sites, recipe.most_tokens)?;
             let fit = fit_attention(data, site, &recipe.attention()).map_err(unfit)?;
             let last = fit.losses.last().copied().unwrap_or_default();
             learnt.metrics.push(("loss_of_last_epoch", f64::from(last)));
@@ -342,10 +368,13 @@ impl Readings<'_> {
         Ok(FitData { x, y, group })
     }
 
-    fn requests(&self, sites: &[Site]) -> Result<AttentionData> {
+    fn requests(&self, sites: &[Site], most_tokens: Option<usize>) -> Result<AttentionData> {
         let width = self.d_model * sites.len();
         let request = |example: &Example| {
-            let states = self.side_by_side(example, sites)?;
+            let mut states = self.side_by_side(example, sites)?;
+            if let Some(most) = most_tokens {
+                shorten(&mut states, width, most);
+            }
             Array2::from_shape_vec((states.len() / width, width), states).map_err(Error::internal)
         };
         Ok(AttentionData {
@@ -403,6 +432,15 @@ fn mean(states: &[f32], width: usize) -> Vec<f32> {
         (sum / rows) as f32
     };
     (0..width).map(column).collect()
+}
+
+/// Keeps the first and the last rows, `most` in all: the middle of a long request goes.
+fn shorten(states: &mut Vec<f32>, width: usize, most: usize) {
+    let rows = states.len() / width;
+    if rows > most {
+        let first = most / 2;
+        states.drain(first * width..(rows - (most - first)) * width);
+    }
 }
 
 /// At most `most` rows, evenly spread, the last one among them.
@@ -594,6 +632,19 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_long_request_loses_its_middle() {
+        let short = |rows: usize, most: usize| {
+            let mut states: Vec<f32> = (0..rows * 2).map(|i| (i / 2) as f32).collect();
+            shorten(&mut states, 2, most);
+            states.into_iter().step_by(2).collect::<Vec<_>>()
+        };
+        assert_eq!(short(6, 4), [0.0, 1.0, 4.0, 5.0]);
+        assert_eq!(short(6, 3), [0.0, 4.0, 5.0]);
+        assert_eq!(short(6, 1), [5.0]);
+        assert_eq!(short(3, 4), [0.0, 1.0, 2.0]);
+    }
+
+    #[test]
     fn a_setting_that_the_kind_lacks_is_refused_by_name() {
         let check = |kind, change: fn(&mut Recipe), field: &str| {
             let mut bad = Recipe::new(kind, Gather::Last, 0);
@@ -606,6 +657,8 @@ pub(super) mod tests {
         check(Kind::Attention, |r| r.hidden = Some(4), "hidden");
         check(Kind::Logistic, |r| r.epochs = Some(4), "epochs");
         check(Kind::Attention, |r| r.alphas = vec![1.0, 2.0], "alpha");
+        check(Kind::Attention, |r| r.most_tokens = Some(0), "most_tokens");
+        check(Kind::Lda, |r| r.held_out = 1.0, "held_out");
         assert!(Recipe::new(Kind::TwoLayer, Gather::Last, 0).check().is_ok());
     }
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::bench::{Bench, Tick};
 use super::examples::{Example, Labelled, split};
-use super::fit::{HELD_OUT, identity, off_thread, unfit};
+use super::fit::{identity, off_thread, unfit};
 use super::learn::{Readings, Recipe, learn, name_of};
 use super::scored::{Ranking, Scored};
 use crate::error::{Error, Result};
@@ -161,7 +161,7 @@ pub async fn sweep(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<S
             dev: Vec::new(),
         };
         let examples = collect(bench, &train, sites, options.positions, &mut *tick).await?;
-        (pass.rest, pass.held_out) = split(examples, recipe.seed, HELD_OUT);
+        (pass.rest, pass.held_out) = split(examples, recipe.seed, recipe.held_out);
         for rows in &dev {
             let examples = collect(bench, rows, sites, options.positions, &mut *tick).await?;
             pass.dev.push(examples);
@@ -300,7 +300,7 @@ mod tests {
     use crate::lab::learn::tests as tiny;
 
     fn pass(kind: Kind, gather: Gather) -> Pass {
-        let (rest, held_out) = split(tiny::examples(240), 1, HELD_OUT);
+        let (rest, held_out) = split(tiny::examples(240), 1, 0.2);
         Pass {
             sites: tiny::sites(),
             d_model: tiny::D_MODEL,

@@ -43,6 +43,7 @@ pub struct Made {
 /// (see `off_subspace`): what projects out or clamps along it, or reads it as a condition, then
 /// leaves benign states nearly as they are.
 pub async fn make(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Made> {
+    options.avoid.map_or(Ok(()), Avoid::check).map_err(unfit)?;
     let mut states = Vec::new();
     let (mut y, mut group, mut data) = (Vec::new(), Vec::new(), Vec::new());
     let site = options.site;

@@ -110,7 +110,7 @@ fn every_kind_is_fitted_over_two_sites_and_twice_the_same() {
         (
             Kind::DifferenceOfMeans,
             "difference_of_means",
-            "--gather max --gather k_of_n{2,4} --gather cumulative_log_odds",
+            "--gather mean --gather k_of_n{2,64} --gather cumulative_log_odds",
         ),
         (
             Kind::TwoLayer,
@@ -120,7 +120,7 @@ fn every_kind_is_fitted_over_two_sites_and_twice_the_same() {
         (
             Kind::Attention,
             "attention",
-            "--attention-heads 3 --epochs 4 --learning-rate 0.01",
+            "--attention-heads 3 --epochs 4 --batch 8 --learning-rate 0.01",
         ),
         (
             Kind::Logistic,
@@ -204,7 +204,7 @@ fn a_sweep_measures_every_layer_and_draws_it() {
 #[test]
 fn a_threshold_is_set_where_it_is_asked_for_and_nowhere_else() {
     let bench = Bench::new();
-    let rest = format!("--site {EARLY} --kind lda --gather mean --gather max");
+    let rest = format!("--site {EARLY} --kind lda --gather mean --gather cumulative_log_odds");
     let before = bench.fit(&rest, "p.safetensors");
     let bytes = std::fs::read(bench.path("p.safetensors")).unwrap();
     let set = "probe threshold p.safetensors --data benign.jsonl --target-fpr";
@@ -223,7 +223,9 @@ fn a_threshold_is_set_where_it_is_asked_for_and_nowhere_else() {
     );
     assert_eq!(std::fs::read(bench.path("p.safetensors")).unwrap(), bytes);
 
-    bench.done(&format!("{set} 0.02 --gather max --out q.safetensors"));
+    bench.done(&format!(
+        "{set} 0.02 --gather cumulative_log_odds --out q.safetensors"
+    ));
     let after = bench.probe("q.safetensors");
     let points = |probe: &Probe, gather: &Gather| {
         let calibration = probe.manifest().calibration(gather).unwrap();
@@ -233,7 +235,7 @@ fn a_threshold_is_set_where_it_is_asked_for_and_nowhere_else() {
         points(&after, &Gather::Mean),
         points(&before, &Gather::Mean)
     );
-    let all = points(&after, &Gather::Max);
+    let all = points(&after, &Gather::CumulativeLogOdds);
     let point = all.iter().find(|point| point.fpr == 0.02).unwrap();
     assert_eq!((point.n, point.answer_tokens), (200, None));
     assert!(point.interval[0] <= 0.02);

@@ -1,5 +1,5 @@
 //! Keeps a direction away from where given states lie: null-space-constrained steering.
-//! Follows AlphaSteer (arXiv 2506.07022), which took it from AlphaEdit's weight editing
+//! The constraint is AlphaSteer's (arXiv 2506.07022, which learns a matrix under it) and AlphaEdit's
 //! (arXiv 2410.02355); knows states and directions, not what they are for.
 
 use linfa_linalg::eigh::{EigSort, EighInto};
@@ -118,7 +118,8 @@ pub fn off_subspace(direction: &[f32], states: &Array2<f32>, avoid: Avoid) -> Re
 }
 
 impl Avoid {
-    fn check(self) -> Result<()> {
+    /// Refuses a share or a rank that means nothing.
+    pub fn check(self) -> Result<()> {
         match self {
             Self::Energy(share) if !(share > 0.0 && share <= 1.0) => {
                 Err(Error::data("null_space_energy", "must lie in (0, 1]"))
