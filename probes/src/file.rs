@@ -112,7 +112,9 @@ fn read_prober(contents: &mut Contents, hidden: usize) -> Result<TwoLayer> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{attention, logistic, two_layer, with_header, with_manifest, with_value};
+    use crate::testing::{
+        attention, logistic, several_heads, two_layer, with_header, with_manifest, with_value,
+    };
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
@@ -132,7 +134,7 @@ mod tests {
 
     #[test]
     fn every_kind_of_probe_round_trips_bit_for_bit() {
-        for probe in [logistic(), attention(), two_layer()] {
+        for probe in [logistic(), attention(), several_heads(), two_layer()] {
             let bytes = probe.to_bytes().unwrap();
             let read = Probe::from_bytes(&bytes).unwrap();
             assert_eq!(read, probe);
@@ -375,6 +377,16 @@ mod tests {
             manifest["format_version"] = json!(9)
         });
         refused(&later, "format_version: is 9");
+    }
+
+    #[test]
+    fn attention_heads_are_pairs_and_not_too_many() {
+        for out in [1, 3, 34] {
+            let (manifest, mut heads, _) = attention().into_parts();
+            heads[0] = crate::testing::head(heads[0].site, out, InputNorm::None);
+            let error = Probe::new(manifest, heads, None).unwrap_err().to_string();
+            assert!(error.contains("1 to 16 attention heads"), "{error}");
+        }
     }
 
     #[test]

@@ -12,21 +12,83 @@ use crate::error::{Error, Result, ScoreFailure};
 /// The longest window of `k_of_n`.
 pub const MAX_WINDOW: u32 = 256;
 
+/// The most attention heads of a probe.
+pub const MAX_ATTENTION_HEADS: usize = 16;
+
 /// What a probe says about one token.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenOutput {
+    /// Of an attention-gathered probe the sum of its heads' values: its logit for a request of
+    /// this token alone.
     pub logit: f32,
-    /// Only of an attention-gathered probe: how much this token's logit weighs.
-    pub key: Option<f32>,
+    /// Only of an attention-gathered probe.
+    pub attention: AttentionHeads,
+}
+
+/// What each attention head says about one token: a value, and a key that says how much it weighs.
+/// Held in place, since one goes through every pass for every token.
+#[derive(Clone, Copy, Default)]
+pub struct AttentionHeads {
+    count: u8,
+    /// `(value, key)`; zero beyond `count`.
+    pairs: [(f32, f32); MAX_ATTENTION_HEADS],
+}
+
+impl AttentionHeads {
+    /// None for more than `MAX_ATTENTION_HEADS`.
+    pub fn new(pairs: impl IntoIterator<Item = (f32, f32)>) -> Option<Self> {
+        let mut heads = Self::default();
+        for pair in pairs {
+            *heads.pairs.get_mut(usize::from(heads.count))? = pair;
+            heads.count += 1;
+        }
+        Some(heads)
+    }
+
+    /// `(value, key)` of each head.
+    pub fn pairs(&self) -> &[(f32, f32)] {
+        &self.pairs[..usize::from(self.count)]
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+}
+
+impl PartialEq for AttentionHeads {
+    fn eq(&self, other: &Self) -> bool {
+        self.pairs() == other.pairs()
+    }
+}
+
+impl fmt::Debug for AttentionHeads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.pairs()).finish()
+    }
 }
 
 impl TokenOutput {
     pub fn logit(logit: f32) -> Self {
-        Self { logit, key: None }
+        Self {
+            logit,
+            attention: AttentionHeads::default(),
+        }
+    }
+
+    /// One attention head's value and key.
+    pub fn keyed(value: f32, key: f32) -> Self {
+        let mut attention = AttentionHeads::default();
+        attention.pairs[0] = (value, key);
+        attention.count = 1;
+        Self {
+            logit: value,
+            attention,
+        }
     }
 
     pub fn is_finite(&self) -> bool {
-        self.logit.is_finite() && self.key.is_none_or(f32::is_finite)
+        let finite = |(value, key): &(f32, f32)| value.is_finite() && key.is_finite();
+        self.logit.is_finite() && self.attention.pairs().iter().all(finite)
     }
 
     pub(crate) fn finite(self) -> Result<Self, ScoreFailure> {
@@ -58,7 +120,7 @@ pub enum Gather {
     },
     /// `l_1 + … + l_t`: the log-odds after `t` pieces of evidence taken as independent.
     CumulativeLogOdds,
-    /// `sum_i softmax(key)_i l_i` over the tokens so far.
+    /// `sum_h sum_i softmax(key_h)_i value_{h,i}` over the tokens so far, for each head `h`.
     Attention,
 }
 
@@ -245,12 +307,34 @@ enum State {
         window: VecDeque<f32>,
     },
     Sum(Option<f64>),
-    /// Sums are scaled by `exp(-highest)`, so no key can overflow them.
-    Attention {
-        highest: f64,
-        weights: f64,
-        weighted: f64,
-    },
+    /// One per head, from the first token on.
+    Attention(Vec<SoftMax>),
+}
+
+/// A soft-max average under way. Sums are scaled by `exp(-highest)`, so no key can overflow them.
+#[derive(Debug, Clone, Copy)]
+struct SoftMax {
+    highest: f64,
+    weights: f64,
+    weighted: f64,
+}
+
+impl SoftMax {
+    const EMPTY: Self = Self {
+        highest: f64::NEG_INFINITY,
+        weights: 0.0,
+        weighted: 0.0,
+    };
+
+    fn push(&mut self, value: f32, key: f32) {
+        let key = f64::from(key);
+        let raised = self.highest.max(key);
+        let fade = (self.highest - raised).exp();
+        let weight = (key - raised).exp();
+        self.weights = self.weights * fade + weight;
+        self.weighted = self.weighted * fade + weight * f64::from(value);
+        self.highest = raised;
+    }
 }
 
 impl GatherState {
@@ -269,18 +353,14 @@ impl GatherState {
                 window: VecDeque::new(),
             },
             Gather::CumulativeLogOdds => State::Sum(None),
-            Gather::Attention => State::Attention {
-                highest: f64::NEG_INFINITY,
-                weights: 0.0,
-                weighted: 0.0,
-            },
+            Gather::Attention => State::Attention(Vec::new()),
         };
         Self { kind }
     }
 
     /// Takes the next token's output. On an error the state is as before.
     pub fn push(&mut self, output: TokenOutput) -> Result<(), ScoreFailure> {
-        let TokenOutput { logit, key } = output.finite()?;
+        let TokenOutput { logit, attention } = output.finite()?;
         match &mut self.kind {
             State::Last(last) => *last = Some(logit),
             State::Max(max) => *max = Some(max.map_or(logit, |max| max.max(logit))),
@@ -299,18 +379,20 @@ impl GatherState {
                 window.push_back(logit);
             }
             State::Sum(sum) => *sum = Some(sum.unwrap_or(0.0) + f64::from(logit)),
-            State::Attention {
-                highest,
-                weights,
-                weighted,
-            } => {
-                let key = f64::from(key.ok_or(ScoreFailure::MissingKey)?);
-                let raised = highest.max(key);
-                let fade = (*highest - raised).exp();
-                let weight = (key - raised).exp();
-                *weights = *weights * fade + weight;
-                *weighted = *weighted * fade + weight * f64::from(logit);
-                *highest = raised;
+            State::Attention(heads) => {
+                let pairs = attention.pairs();
+                if pairs.is_empty() {
+                    return Err(ScoreFailure::MissingKey);
+                }
+                if heads.is_empty() {
+                    heads.resize(pairs.len(), SoftMax::EMPTY);
+                }
+                if heads.len() != pairs.len() {
+                    return Err(ScoreFailure::Shape);
+                }
+                for (head, (value, key)) in heads.iter_mut().zip(pairs) {
+                    head.push(*value, *key);
+                }
             }
         }
         Ok(())
@@ -324,10 +406,11 @@ impl GatherState {
             State::Mean { sum, count } => Some(finite_f32(sum / *count as f64)),
             State::Ema { value, .. } | State::Sum(value) => value.map(finite_f32),
             State::KOfN { k, window, .. } => kth_largest(window, *k),
-            State::Attention { weights, .. } if *weights == 0.0 => None,
-            State::Attention {
-                weights, weighted, ..
-            } => Some(finite_f32(weighted / weights)),
+            State::Attention(heads) if heads.is_empty() => None,
+            State::Attention(heads) => {
+                let averages = heads.iter().map(|head| head.weighted / head.weights);
+                Some(finite_f32(averages.sum()))
+            }
         }
     }
 }
@@ -397,25 +480,33 @@ mod tests {
             }
             Gather::CumulativeLogOdds => logits.iter().sum(),
             Gather::Attention => {
-                let keys: Vec<f64> = outputs.iter().map(|o| f64::from(o.key.unwrap())).collect();
-                let top = keys.iter().copied().fold(f64::MIN, f64::max);
-                let weights: Vec<f64> = keys.iter().map(|key| (key - top).exp()).collect();
-                let total: f64 = weights.iter().sum();
-                weights
-                    .iter()
-                    .zip(&logits)
-                    .map(|(w, l)| w * l / total)
-                    .sum()
+                let head = |head: usize| -> f64 {
+                    let pair = |o: &TokenOutput| {
+                        let (value, key) = o.attention.pairs()[head];
+                        (f64::from(value), f64::from(key))
+                    };
+                    let pairs: Vec<(f64, f64)> = outputs.iter().map(pair).collect();
+                    let top = pairs.iter().map(|(_, key)| *key).fold(f64::MIN, f64::max);
+                    let weight = |key: f64| (key - top).exp();
+                    let total: f64 = pairs.iter().map(|(_, key)| weight(*key)).sum();
+                    let weighted = pairs.iter().map(|(value, key)| weight(*key) * value);
+                    weighted.sum::<f64>() / total
+                };
+                (0..outputs[0].attention.pairs().len()).map(head).sum()
             }
         })
     }
 
+    /// Tokens of a probe with one to three attention heads.
     fn outputs(range: f32) -> impl Strategy<Value = Vec<TokenOutput>> {
-        let token = (-range..range, -range..range).prop_map(|(logit, key)| TokenOutput {
-            logit,
-            key: Some(key),
-        });
-        proptest::collection::vec(token, 0..40)
+        let pair = move || (-range..range, -range..range);
+        let token = move |heads: usize| {
+            proptest::collection::vec(pair(), heads).prop_map(|pairs| TokenOutput {
+                logit: pairs[0].0,
+                attention: AttentionHeads::new(pairs).unwrap(),
+            })
+        };
+        (1_usize..4).prop_flat_map(move |heads| proptest::collection::vec(token(heads), 0..40))
     }
 
     proptest! {
@@ -475,22 +566,12 @@ mod tests {
         for gather in ALL {
             let mut state = GatherState::new(&gather);
             for _ in 0..3 {
-                let output = TokenOutput {
-                    logit: 1.0,
-                    key: Some(0.5),
-                };
-                state.push(output).unwrap();
+                state.push(TokenOutput::keyed(1.0, 0.5)).unwrap();
             }
             let before = state.value();
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                let as_logit = TokenOutput {
-                    logit: bad,
-                    key: Some(0.0),
-                };
-                let as_key = TokenOutput {
-                    logit: 0.0,
-                    key: Some(bad),
-                };
+                let as_logit = TokenOutput::keyed(bad, 0.0);
+                let as_key = TokenOutput::keyed(0.0, bad);
                 assert_eq!(state.push(as_logit), Err(ScoreFailure::NotFinite));
                 assert_eq!(state.push(as_key), Err(ScoreFailure::NotFinite));
             }
@@ -505,6 +586,35 @@ mod tests {
             state.push(TokenOutput::logit(1.0)),
             Err(ScoreFailure::MissingKey)
         );
+    }
+
+    #[test]
+    fn the_number_of_heads_stays_the_same_within_a_request() {
+        let mut state = GatherState::new(&Gather::Attention);
+        state.push(TokenOutput::keyed(1.0, 0.5)).unwrap();
+        let two = AttentionHeads::new([(1.0, 0.0), (2.0, 0.0)]).unwrap();
+        let other = TokenOutput {
+            logit: 3.0,
+            attention: two,
+        };
+        assert_eq!(state.push(other), Err(ScoreFailure::Shape));
+        assert_eq!(state.value(), Some(1.0));
+        assert!(AttentionHeads::new([(0.0, 0.0); MAX_ATTENTION_HEADS]).is_some());
+        assert!(AttentionHeads::new([(0.0, 0.0); MAX_ATTENTION_HEADS + 1]).is_none());
+    }
+
+    #[test]
+    fn each_head_weighs_the_tokens_by_its_own_key() {
+        let token = |pairs: [(f32, f32); 2]| TokenOutput {
+            logit: pairs[0].0 + pairs[1].0,
+            attention: AttentionHeads::new(pairs).unwrap(),
+        };
+        // The first head looks at the first token alone, the second at both alike.
+        let outputs = [
+            token([(1.0, 99.0), (2.0, 0.0)]),
+            token([(7.0, -99.0), (4.0, 0.0)]),
+        ];
+        assert_eq!(stream(Gather::Attention, &outputs), Some(1.0 + 3.0));
     }
 
     #[test]

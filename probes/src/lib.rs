@@ -37,7 +37,7 @@ pub mod vector;
 pub use calibration::{Calibration, CalibrationKind, OperatingPoint};
 pub use container::MAX_FILE_BYTES;
 pub use error::{Error, Result, ScoreFailure};
-pub use gather::{Gather, GatherChoice, GatherState, TokenOutput};
+pub use gather::{AttentionHeads, Gather, GatherChoice, GatherState, TokenOutput};
 pub use manifest::{
     Canary, CanaryFailure, Combine, DataRecord, HeadSpec, Kind, Manifest, Metric, ModelIdentity,
     NormKind, Positions, Record, SystemPromptRule, TrainedOn, Verification,

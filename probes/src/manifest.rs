@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::gather::{Gather, GatherChoice};
+use crate::gather::{Gather, GatherChoice, MAX_ATTENTION_HEADS};
 use crate::site::Site;
 
 /// The version of the manifest that this build reads and writes.
@@ -53,7 +53,7 @@ pub enum Kind {
     DifferenceOfMeans,
     Lda,
     TwoLayer,
-    /// Output 0 is the value (the logit), output 1 the key.
+    /// With `h` attention heads the outputs are `h` values, then their `h` keys.
     Attention,
 }
 
@@ -409,9 +409,19 @@ impl Manifest {
         }
         let out = self.heads.first().map_or(0, |head| head.out);
         check_between("heads[0].out", out, 1, MAX_HEAD_OUTPUTS)?;
+        if self.kind == Kind::Attention
+            && !(out.is_multiple_of(2) && (1..=MAX_ATTENTION_HEADS).contains(&(out / 2)))
+        {
+            return Err(Error::invalid(
+                "heads[0].out",
+                format!(
+                    "is {out}, but attention needs a value and a key for each of 1 to \
+                     {MAX_ATTENTION_HEADS} attention heads"
+                ),
+            ));
+        }
         let expected = match self.kind {
-            Kind::TwoLayer => out,
-            Kind::Attention => 2,
+            Kind::TwoLayer | Kind::Attention => out,
             Kind::Logistic | Kind::DifferenceOfMeans | Kind::Lda => 1,
         };
         for (index, head) in self.heads.iter().enumerate() {

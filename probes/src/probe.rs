@@ -3,7 +3,7 @@
 //! that it must agree with.
 
 use crate::error::{Error, Result, ScoreFailure};
-use crate::gather::TokenOutput;
+use crate::gather::{AttentionHeads, TokenOutput};
 use crate::manifest::{CanaryFailure, Combine, Kind, Manifest, NormKind, Verification};
 use crate::site::Site;
 
@@ -187,10 +187,16 @@ impl Probe {
         };
         let output = match &self.prober {
             Some(prober) => TokenOutput::logit(prober.logit(sum, out) as f32),
-            None => TokenOutput {
-                logit: sum(0) as f32,
-                key: (self.manifest.kind == Kind::Attention).then(|| sum(1) as f32),
-            },
+            None if self.manifest.kind == Kind::Attention => {
+                let count = out / 2;
+                let pair = |head: usize| (sum(head) as f32, sum(count + head) as f32);
+                TokenOutput {
+                    logit: (0..count).map(sum).sum::<f64>() as f32,
+                    attention: AttentionHeads::new((0..count).map(pair))
+                        .ok_or(ScoreFailure::Shape)?,
+                }
+            }
+            None => TokenOutput::logit(sum(0) as f32),
         };
         output.finite()
     }
@@ -398,7 +404,7 @@ pub(crate) fn check_values(field: &str, values: &[f32], len: usize) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{attention, logistic, two_layer};
+    use crate::testing::{attention, logistic, several_heads, two_layer};
     use proptest::prelude::*;
 
     /// What the engine does: folded products, then `finish`.
@@ -425,13 +431,16 @@ mod tests {
         #[test]
         fn folded_heads_agree_with_the_plain_definition(hidden in proptest::array::uniform3(-200.0_f32..200.0)) {
             prop_assume!(hidden.iter().any(|h| h.abs() > 1.0));
-            for probe in [logistic(), attention(), two_layer()] {
+            for probe in [logistic(), attention(), several_heads(), two_layer()] {
                 let plain = probe.score_row(|_| &hidden).unwrap();
                 let folded = scored_in_pass(&probe, &hidden).unwrap();
                 let close = |a: f32, b: f32| (a - b).abs() <= 1e-3 * (1.0 + a.abs());
                 prop_assert!(close(plain.logit, folded.logit), "{plain:?} {folded:?}");
-                prop_assert_eq!(plain.key.is_some(), folded.key.is_some());
-                prop_assert!(close(plain.key.unwrap_or(0.0), folded.key.unwrap_or(0.0)));
+                let pairs = plain.attention.pairs().iter().zip(folded.attention.pairs());
+                prop_assert_eq!(plain.attention.pairs().len(), folded.attention.pairs().len());
+                for ((value, key), (other_value, other_key)) in pairs {
+                    prop_assert!(close(*value, *other_value) && close(*key, *other_key));
+                }
             }
         }
 
@@ -467,13 +476,10 @@ mod tests {
     #[test]
     fn an_attention_probe_gives_a_value_and_a_key() {
         let output = attention().finish(&[&[1.5, -0.5]]).unwrap();
-        assert_eq!(
-            output,
-            TokenOutput {
-                logit: 1.5,
-                key: Some(-0.5)
-            }
-        );
+        assert_eq!(output, TokenOutput::keyed(1.5, -0.5));
+        let several = several_heads().finish(&[&[1.5, 2.0, -0.5, 3.0]]).unwrap();
+        assert_eq!(several.logit, 3.5);
+        assert_eq!(several.attention.pairs(), [(1.5, -0.5), (2.0, 3.0)]);
         assert_eq!(
             logistic().finish(&[&[1.5], &[1.0]]).unwrap(),
             TokenOutput::logit(2.5)

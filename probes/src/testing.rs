@@ -89,6 +89,12 @@ pub(crate) fn attention() -> Probe {
     Probe::new(manifest(Kind::Attention), heads, None).unwrap()
 }
 
+/// Two attention heads.
+pub(crate) fn several_heads() -> Probe {
+    let heads = vec![head(Site::ResidPost(1), 4, standard())];
+    Probe::new(manifest(Kind::Attention), heads, None).unwrap()
+}
+
 pub(crate) fn two_layer() -> Probe {
     let heads = vec![head(Site::ResidPost(1), 4, InputNorm::None)];
     let prober = TwoLayer {

@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 use inwit_probes::Site;
+use inwit_probes::fit::Avoid;
 
 use super::Exit;
 use super::open::{ModelArgs, kv_type, ticking, weight_format};
 use super::paths;
-use super::probe::command_line;
+use super::probe::{command_line, table};
 use super::progress::Progress;
-use super::terminal::note;
+use super::terminal::{note, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::files::read_text;
@@ -85,6 +86,13 @@ pub(super) struct VectorArgs {
     /// Where to read, e.g. blocks.16.hook_resid_post
     #[arg(long, value_name = "SITE")]
     site: Site,
+    /// Keep out of the benign states' principal directions that hold this share of their variance,
+    /// e.g. 0.99, and of their mean
+    #[arg(long, value_name = "SHARE", conflicts_with = "null_space_rank")]
+    null_space_energy: Option<f64>,
+    /// The same with so many principal directions
+    #[arg(long, value_name = "DIRECTIONS")]
+    null_space_rank: Option<usize>,
     /// The vector's name in policies and requests [default: the name of the output file]
     #[arg(long)]
     name: Option<String>,
@@ -200,41 +208,80 @@ async fn refusal_head(args: HeadArgs) -> Result<Exit> {
     drop(progress);
     file.bytes(&made.head.to_bytes().map_err(unfit)?)?;
     file.finish()?;
-    note(&format!(
-        "held-out refusals: {:.3} nats a token and {:.1} % right before, {:.3} and {:.1} % after",
-        made.before.loss,
-        made.before.accuracy * 100.0,
-        made.after.loss,
-        made.after.accuracy * 100.0,
-    ));
+    print(&format!("{}\n", told(&made)))?;
+    if made.benign.is_none() {
+        note("its effect on benign answers was not measured: --benign takes ten or more of them");
+    }
     Ok(Exit::Done)
+}
+
+/// What the head does to tokens that it was not fitted on.
+fn told(made: &make_head::Made) -> String {
+    let percent = |share: f32| format!("{:.1} %", 100.0 * share);
+    let mut rows = table(&["held-out tokens", "without", "with the head"]);
+    let (before, after) = (made.before, made.after);
+    rows.add_row([
+        "refusals: nats a token".to_owned(),
+        format!("{:.3}", before.loss),
+        format!("{:.3}", after.loss),
+    ]);
+    rows.add_row([
+        "refusals: the likeliest token is theirs".to_owned(),
+        percent(before.accuracy),
+        percent(after.accuracy),
+    ]);
+    if let Some(benign) = made.benign {
+        rows.add_row([
+            format!("benign answers ({}): mean KL in nats", benign.tokens),
+            "0".to_owned(),
+            format!("{:.4}", benign.mean_kl),
+        ]);
+        rows.add_row([
+            "benign answers: another likeliest token".to_owned(),
+            "0 %".to_owned(),
+            percent(benign.top1_changed),
+        ]);
+    }
+    rows.trim_fmt()
 }
 
 async fn steering_vector(args: VectorArgs) -> Result<Exit> {
     let mut file = paths::open(&args.out, &[&args.harmful, &args.benign])?;
+    let energy = args.null_space_energy.map(Avoid::Energy);
+    let options = vector::Options {
+        name: artefact_name(args.name, &args.out),
+        harmful: args.harmful,
+        benign: args.benign,
+        site: args.site,
+        avoid: energy.or(args.null_space_rank.map(Avoid::Rank)),
+        command: command_line(),
+    };
     let bench = args.model.bench(Some("off"), Some("off")).await?;
-    let name = artefact_name(args.name, &args.out);
     let mut progress = Progress::new("prompts");
     let mut tick = ticking(&mut progress);
-    let made = vector::make(
-        &bench,
-        &name,
-        [&args.harmful, &args.benign],
-        args.site,
-        &command_line(),
-        &mut tick,
-    )
-    .await?;
+    let made = vector::make(&bench, &options, &mut tick).await?;
     drop(tick);
     drop(progress);
-    file.bytes(&made.to_bytes().map_err(unfit)?)?;
+    file.bytes(&made.vector.to_bytes().map_err(unfit)?)?;
     file.finish()?;
-    let norms = made.manifest().norms;
-    let length = made.vector().iter().map(|v| v * v).sum::<f32>().sqrt();
+    let manifest = made.vector.manifest();
     note(&format!(
-        "a vector of length {length:.3}; states there are {:.3} ± {:.3} long",
-        norms.mean, norms.std
+        "a vector of length {:.3}; states there are {:.3} ± {:.3} long",
+        manifest.record.metrics["length"].value, manifest.norms.mean, manifest.norms.std
     ));
+    if let Some(left) = &made.constrained {
+        note(&format!(
+            "kept out of {} principal directions ({:.2} % of the benign states' variance): along \
+             it they now vary by {:.4} instead of {:.4} ({:.2} % is left); {:.1} % of its length \
+             is left",
+            left.rank,
+            100.0 * left.energy,
+            left.variance[1],
+            left.variance[0],
+            100.0 * left.variance[1] / left.variance[0],
+            100.0 * left.kept,
+        ));
+    }
     Ok(Exit::Done)
 }
 

@@ -15,10 +15,13 @@ mod paths;
 mod probe;
 mod progress;
 mod pull;
+mod recipe;
 mod score;
 mod serve;
 pub mod server;
+mod sweep;
 mod terminal;
+mod threshold;
 
 use std::time::Duration;
 
@@ -58,7 +61,7 @@ enum Command {
     Score(score::Args),
     /// Write hidden states of a file of prompts to a tensor file
     Capture(capture::Args),
-    /// Fit a probe, or show one
+    /// Fit a probe, compare sites, set thresholds, or show a probe
     #[command(subcommand)]
     Probe(probe::Command),
     /// Collect hidden states, label answers, fit refusal heads and steering vectors, and measure
@@ -145,7 +148,8 @@ pub fn run(cli: Cli) -> Result<Exit> {
 /// What is logged unless INWIT_LOG says otherwise: commands whose output is for people log less.
 pub fn log_filter(cli: &Cli) -> &'static str {
     match cli.command {
-        Command::Serve(_) | Command::Pull(_) | Command::Probe(probe::Command::Fit(_)) => "info",
+        Command::Probe(probe::Command::Show { .. }) => "warn",
+        Command::Serve(_) | Command::Pull(_) | Command::Probe(_) => "info",
         Command::Generate(_) | Command::Score(_) | Command::Capture(_) | Command::Lab(_) => "info",
         Command::Demo(_) => "error",
         _ => "warn",
@@ -220,12 +224,32 @@ mod tests {
             "inwit probe fit --data a.jsonl --site blocks.16.hook_resid_post \
              --positions generated:3 --gather last --name compliance --out p.safetensors",
         );
+        check_parses(
+            "inwit probe fit --data a.jsonl --site blocks.2.hook_resid_post --site hook_embed \
+             --kind two_layer --hidden 32 --epochs 5 --batch 4 --learning-rate 1e-3 \
+             --weight-decay 0 --class-weight 2:1 --calibration isotonic --name p --out p.safetensors",
+        );
+        check_parses(
+            "inwit probe sweep --data a.jsonl --dev b.jsonl c.jsonl --sites all-resid_post,hook_embed \
+             --kind lda --shrinkage 0.2 --states s t --out sweep",
+        );
+        check_parses(
+            "inwit probe threshold p.safetensors --target-fpr 0.01 --data b.jsonl --gather max \
+             --out q.safetensors",
+        );
+        check_parses(
+            "inwit probe threshold p.safetensors --target-fpr 0.01 --data b.jsonl --in-place",
+        );
         check_parses("inwit probe show p.safetensors");
         check_parses(
             "inwit lab refusal-head --harmful a.jsonl --refusals b.jsonl --rank 8 --out h.safetensors",
         );
         check_parses(
             "inwit lab vector --harmful a.jsonl --benign b.jsonl \
+             --site blocks.16.hook_resid_post --out v.safetensors",
+        );
+        check_parses(
+            "inwit lab vector --harmful a.jsonl --benign b.jsonl --null-space-energy 0.99 \
              --site blocks.16.hook_resid_post --out v.safetensors",
         );
         check_parses(
@@ -255,6 +279,18 @@ mod tests {
         check_refused(
             "inwit probe fit --data a --site hook_embed --name p --out o --positions generated:0",
             "generated:3",
+        );
+        check_refused(
+            "inwit probe fit --data a --site hook_embed --name p --out o --class-weight heavy",
+            "balanced",
+        );
+        check_refused(
+            "inwit probe sweep --data a --out o --sites all-embed",
+            "all-resid_post",
+        );
+        check_refused(
+            "inwit probe threshold p --target-fpr 0.01 --data b --out q --in-place",
+            "--in-place",
         );
         check_refused("inwit lab label --data a.jsonl", "--out");
         check_refused("inwit lab label --rules-only", "--hand-labelled");

@@ -103,6 +103,7 @@ impl ModelArgs {
             engine: opened.engine,
             defaults: opened.defaults,
             in_flight,
+            states: Vec::new(),
         })
     }
 }

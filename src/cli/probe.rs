@@ -1,23 +1,32 @@
-//! `inwit probe`: fits a probe, or shows what one says about itself.
+//! `inwit probe`: fits a probe, compares sites, sets thresholds, or shows what a probe says about
+//! itself.
 
 use std::path::{Path, PathBuf};
 
-use clap::{Subcommand, ValueEnum};
+use clap::Subcommand;
 use comfy_table::{Table, presets};
-use inwit_probes::{Gather, Kind, Manifest, Positions, Probe, Site};
+use inwit_probes::{Gather, Manifest, OperatingPoint, Positions, Probe, Site};
 
 use super::open::{ModelArgs, ticking};
 use super::paths;
 use super::progress::Progress;
+use super::recipe::RecipeArgs;
+use super::sweep::SweepArgs;
 use super::terminal::{note, print};
+use super::threshold::ThresholdArgs;
 use super::{Exit, wait};
 use crate::error::Result;
-use crate::lab::fit::{Options, fit, unfit};
+use crate::lab::fit::{Curve, Options, fit, unfit};
+use crate::lab::learn::name_of;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Fit a probe on labelled prompts, calibrate it on held-out ones, and write it down
     Fit(Box<FitArgs>),
+    /// Fit a probe at one site after another and measure each: which layer tells the classes apart
+    Sweep(Box<SweepArgs>),
+    /// Set a probe's threshold for a false-positive rate, on benign prompts
+    Threshold(Box<ThresholdArgs>),
     /// Print what a probe file says about itself
     Show {
         /// A probe's .safetensors file
@@ -37,18 +46,14 @@ pub(super) struct FitArgs {
     /// last, prompt_content, generated:K or every_generated; the last two need `answer` in the data
     #[arg(long, value_parser = positions, default_value = "last")]
     positions: Positions,
-    /// How token logits become the request's: last, max, mean, ema{0.2}, attention; may be given
-    /// several times, each is calibrated and the first shapes the fit [default: last, or attention]
+    /// How token logits become the request's: last, max, mean, ema{0.2}, k_of_n{2,8},
+    /// cumulative_log_odds, attention; may be given several times, each is calibrated and the first
+    /// shapes the fit [default: last, or attention]
     #[arg(long = "gather", value_name = "GATHER")]
     gathers: Vec<Gather>,
-    /// What to fit
-    #[arg(long, value_enum, default_value = "logistic")]
-    kind: KindArg,
-    /// Strength of the L2 penalty; given several times, cross-validation chooses
-    #[arg(long = "alpha", value_name = "ALPHA")]
-    alphas: Vec<f64>,
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    /// How logits become probabilities, on the rows that are held out
+    #[arg(long, value_enum, value_name = "CURVE", default_value = "platt")]
+    calibration: Curve,
     /// Benign rows that set the thresholds, instead of the held-out ones
     #[arg(long, value_name = "FILE")]
     calibration_data: Option<PathBuf>,
@@ -61,37 +66,27 @@ pub(super) struct FitArgs {
     /// Where to write the probe
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// Folders of `lab collect`: where one holds the states of a file given here, they are read
+    /// instead of running the model; several may be given
+    #[arg(long, value_name = "FOLDER", num_args = 1..)]
+    states: Vec<PathBuf>,
+    #[command(flatten)]
+    recipe: RecipeArgs,
     #[command(flatten)]
     model: ModelArgs,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum KindArg {
-    Logistic,
-    #[value(name = "difference_of_means")]
-    DifferenceOfMeans,
-    /// A value and a key, gathered by attention over the tokens
-    Attention,
 }
 
 pub(super) fn run(command: Command) -> Result<Exit> {
     match command {
         Command::Fit(args) => wait(run_fit(*args)),
+        Command::Sweep(args) => wait(super::sweep::run(*args)),
+        Command::Threshold(args) => wait(super::threshold::run(*args)),
         Command::Show { file } => show(&file),
     }
 }
 
 async fn run_fit(args: FitArgs) -> Result<Exit> {
-    let kind = match args.kind {
-        KindArg::Logistic => Kind::Logistic,
-        KindArg::DifferenceOfMeans => Kind::DifferenceOfMeans,
-        KindArg::Attention => Kind::Attention,
-    };
-    let gathers = match (args.gathers.is_empty(), kind) {
-        (false, _) => args.gathers,
-        (true, Kind::Attention) => vec![Gather::Attention],
-        (true, _) => vec![Gather::Last],
-    };
+    let (recipe, gathers) = args.recipe.recipe(args.gathers);
     let data = [
         Some(&args.data),
         args.calibration_data.as_ref(),
@@ -99,7 +94,8 @@ async fn run_fit(args: FitArgs) -> Result<Exit> {
     ];
     let data: Vec<&Path> = data.into_iter().flatten().map(PathBuf::as_path).collect();
     let mut file = paths::open(&args.out, &data)?;
-    let bench = args.model.bench(Some("off"), Some("off")).await?;
+    let mut bench = args.model.bench(Some("off"), Some("off")).await?;
+    bench.use_states(&args.states, &data)?;
     let options = Options {
         name: args.name,
         train: args.data,
@@ -108,9 +104,8 @@ async fn run_fit(args: FitArgs) -> Result<Exit> {
         sites: args.sites,
         positions: args.positions,
         gathers,
-        kind,
-        alphas: args.alphas,
-        seed: args.seed,
+        recipe,
+        curve: args.calibration,
         command: command_line(),
     };
     let mut progress = Progress::new("prompts");
@@ -135,8 +130,10 @@ fn show(file: &Path) -> Result<Exit> {
 }
 
 /// Options whose values are files and folders.
-const PATHS: [&str; 10] = [
+const PATHS: [&str; 12] = [
     "--data",
+    "--dev",
+    "--states",
     "--out",
     "--calibration-data",
     "--canary-data",
@@ -196,7 +193,7 @@ fn described(manifest: &Manifest) -> String {
         facts.add_row([name, &value]);
     };
     let listed = |items: Vec<String>| items.join(", ");
-    fact("kind", format!("{:?}", manifest.kind).to_lowercase());
+    fact("kind", name_of(manifest.kind).to_owned());
     fact(
         "sites",
         listed(
@@ -244,6 +241,21 @@ fn described(manifest: &Manifest) -> String {
         metrics.add_row([name, &value, &interval.unwrap_or_default()]);
     }
 
+    let points = manifest.calibrations.iter().flat_map(|calibration| {
+        let points = calibration.thresholds.iter();
+        points.map(|point| (calibration.gather, point))
+    });
+    let thresholds = threshold_table(points);
+    let tables = [facts, metrics, thresholds].into_iter();
+    let filled = tables.filter(|table| !table.is_empty());
+    let texts: Vec<String> = filled.map(|table| table.trim_fmt()).collect();
+    format!("{}\n", texts.join("\n\n"))
+}
+
+/// Operating points with the gather that they belong to.
+pub(super) fn threshold_table<'a>(
+    points: impl Iterator<Item = (Gather, &'a OperatingPoint)>,
+) -> Table {
     let mut thresholds = table(&[
         "gather",
         "false positives",
@@ -252,27 +264,22 @@ fn described(manifest: &Manifest) -> String {
         "95 % interval",
         "rows",
     ]);
-    for calibration in &manifest.calibrations {
-        for point in &calibration.thresholds {
-            let answer = point.answer_tokens.map(|tokens| format!("{tokens} tokens"));
-            thresholds.add_row([
-                calibration.gather.to_string(),
-                format!("{:.1} %", point.fpr * 100.0),
-                answer.unwrap_or_default(),
-                format!("{:.3}", point.threshold_logit),
-                format!(
-                    "{:.2} to {:.2} %",
-                    point.interval[0] * 100.0,
-                    point.interval[1] * 100.0
-                ),
-                point.n.to_string(),
-            ]);
-        }
+    for (gather, point) in points {
+        let answer = point.answer_tokens.map(|tokens| format!("{tokens} tokens"));
+        thresholds.add_row([
+            gather.to_string(),
+            format!("{:.1} %", point.fpr * 100.0),
+            answer.unwrap_or_default(),
+            format!("{:.3}", point.threshold_logit),
+            format!(
+                "{:.2} to {:.2} %",
+                point.interval[0] * 100.0,
+                point.interval[1] * 100.0
+            ),
+            point.n.to_string(),
+        ]);
     }
-    let tables = [facts, metrics, thresholds].into_iter();
-    let filled = tables.filter(|table| !table.is_empty());
-    let texts: Vec<String> = filled.map(|table| table.trim_fmt()).collect();
-    format!("{}\n", texts.join("\n\n"))
+    thresholds
 }
 
 pub(super) fn table(header: &[&str]) -> Table {
@@ -283,6 +290,7 @@ pub(super) fn table(header: &[&str]) -> Table {
 
 #[cfg(test)]
 mod tests {
+    use inwit_probes::Kind;
     use inwit_probes::manifest::{Metric, ModelIdentity};
 
     use super::*;

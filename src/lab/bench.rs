@@ -1,12 +1,15 @@
 //! Runs the rows of a data file through the engine: many in flight, results in input order.
 //! Knows requests and events; knows nothing of what is done with the results.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures::{StreamExt, stream};
-use inwit_probes::Site;
+use inwit_probes::{DataRecord, Site};
 
-use super::fit::unfit;
+use super::collected::Collected;
+use super::examples::record;
+use super::fit::{identity, unfit};
 use super::output::end_without_token;
 use super::rows::{Row, RowPrompt, at};
 use crate::engine::event::{Captured, Completed, Event, FinishReason, Score};
@@ -30,6 +33,8 @@ pub struct Bench {
     pub defaults: Defaults,
     /// Enough to keep the engine's batch full.
     pub in_flight: usize,
+    /// States that need not be read again; see `use_states`.
+    pub states: Vec<Collected>,
 }
 
 /// A row that went through the engine.
@@ -58,6 +63,37 @@ pub struct Outcome {
 impl Bench {
     pub fn d_model(&self) -> usize {
         self.engine.info().config.d_model
+    }
+
+    /// Takes the states of these data files from folders that `lab collect` wrote, instead of
+    /// running the model.
+    ///
+    /// # Errors
+    /// A folder that cannot be read, holds another model's states, or those of another file.
+    pub fn use_states(&mut self, folders: &[PathBuf], data: &[&Path]) -> Result<()> {
+        let hash = |path: &&Path| record(path, 0).map(|record| record.sha256);
+        let hashes: Vec<String> = data.iter().map(hash).collect::<Result<_>>()?;
+        for folder in folders {
+            let collected = Collected::open(folder)?;
+            collected.check_model(&identity(self))?;
+            let of = &collected.manifest().data;
+            if !hashes.contains(&of.sha256) {
+                let message = format!(
+                    "holds the states of another file, {}; collect the states of the data that \
+                     you give",
+                    of.name
+                );
+                return Err(Error::file(folder.display(), message));
+            }
+            self.states.push(collected);
+        }
+        Ok(())
+    }
+
+    /// The states of a data file, where they were collected.
+    pub fn states_of(&self, data: &DataRecord) -> Option<&Collected> {
+        let is_of = |collected: &&Collected| collected.manifest().data.sha256 == data.sha256;
+        self.states.iter().find(is_of)
     }
 
     /// Refuses sites that the loaded model does not have.

@@ -9,7 +9,8 @@ use inwit_probes::manifest::{Positions, SystemPromptRule, TrainedOn};
 use inwit_probes::{Site, manifest::DataRecord};
 use sha2::{Digest, Sha256};
 
-use super::bench::{Bench, Tick};
+use super::bench::{Bench, Tick, reading};
+use super::collected::Collected;
 use super::rows::{self, Row, at};
 use super::seeded::Seeded;
 use super::states::{RowStates, visit};
@@ -46,6 +47,29 @@ impl Labelled {
         let file = path.display().to_string();
         let rows = rows::read(path)?;
         let positives = labels(&file, &rows)?;
+        Self::checked(path, rows, positives, positions)
+    }
+
+    /// Reads a file of benign rows: what sets a threshold. They may go without a label; one that is
+    /// harmful or complied is an error.
+    pub fn read_benign(path: &Path, positions: Positions) -> Result<Self> {
+        let rows = rows::read(path)?;
+        let benign = |row: &&Row| matches!(row.label.as_deref(), None | Some("benign" | "refused"));
+        if let Some(row) = rows.iter().find(|row| !benign(row)) {
+            let message = "must be benign: it sets thresholds";
+            return Err(at(&path.display().to_string(), row.line, message));
+        }
+        let positives = vec![false; rows.len()];
+        Self::checked(path, rows, positives, positions)
+    }
+
+    fn checked(
+        path: &Path,
+        rows: Vec<Row>,
+        positives: Vec<bool>,
+        positions: Positions,
+    ) -> Result<Self> {
+        let file = path.display().to_string();
         let reads_answers = matches!(
             positions,
             Positions::Generated(_) | Positions::EveryGenerated
@@ -67,7 +91,8 @@ impl Labelled {
         })
     }
 
-    /// Reads the states of every row and hands the examples over in the order of the file.
+    /// Reads the states of every row and hands the examples over in the order of the file; states
+    /// that the bench has collected are not computed again.
     pub async fn visit(
         &self,
         bench: &Bench,
@@ -76,13 +101,11 @@ impl Labelled {
         tick: Tick<'_>,
         mut each: impl FnMut(Example, &Request) -> Result<()>,
     ) -> Result<()> {
+        if let Some(collected) = bench.states_of(&self.record) {
+            return self.visit_collected(bench, collected, (sites, positions), tick, each);
+        }
         let mut labels = self.positives.iter().zip(&self.rows);
-        // The states of an answer's end lie among the generated ones, so capture those.
-        let selection = match positions {
-            Positions::LastPromptToken => PositionSelection::LastPromptToken,
-            Positions::PromptContent => PositionSelection::AllPrompt,
-            Positions::Generated(_) | Positions::EveryGenerated => PositionSelection::Generated,
-        };
+        let selection = selection(positions);
         visit(
             bench,
             &self.file,
@@ -111,6 +134,46 @@ impl Labelled {
             },
         )
         .await
+    }
+
+    fn visit_collected(
+        &self,
+        bench: &Bench,
+        collected: &Collected,
+        (sites, positions): (&[Site], Positions),
+        tick: Tick<'_>,
+        mut each: impl FnMut(Example, &Request) -> Result<()>,
+    ) -> Result<()> {
+        let draft = |row: &Row| reading(row, sites, selection(positions));
+        let requests = bench.prepare(&self.file, &self.rows, draft)?;
+        let total = self.rows.len();
+        for (done, (request, states)) in requests.iter().zip(collected.rows()).enumerate() {
+            let line = self.rows[done].line;
+            let example = states.example(sites, positions, self.positives[done])?;
+            if example.tokens != tokens(request) {
+                let message = "has other tokens than when its states were collected; collect again";
+                return Err(at(&self.file, line, message));
+            }
+            if example.states.positions.is_empty() {
+                return Err(at(&self.file, line, "has no token that the probe reads"));
+            }
+            each(example, request)?;
+            tick(done + 1, total);
+        }
+        Ok(())
+    }
+
+    /// How many states of all rows a probe reads at each of its sites; runs no model.
+    pub fn tokens_read(&self, bench: &Bench, positions: Positions) -> Result<usize> {
+        let draft = |row: &Row| reading(row, &[Site::Embed], selection(positions));
+        let requests = bench.prepare(&self.file, &self.rows, draft)?;
+        let read = |request: &Request| {
+            let tokens = request.prompt.tokens.len() + answer(request).len();
+            (0..tokens)
+                .filter(|position| reads(positions, request, *position))
+                .count()
+        };
+        Ok(requests.iter().map(read).sum())
     }
 
     /// What requests the probe is trained on; rows that differ in form are an error.
@@ -177,6 +240,15 @@ pub fn record(path: &Path, rows: usize) -> Result<DataRecord> {
         sha256: hex::encode(Sha256::digest(&bytes)),
         rows: rows as u64,
     })
+}
+
+/// The states of an answer's end lie among the generated ones, so capture those.
+fn selection(positions: Positions) -> PositionSelection {
+    match positions {
+        Positions::LastPromptToken => PositionSelection::LastPromptToken,
+        Positions::PromptContent => PositionSelection::AllPrompt,
+        Positions::Generated(_) | Positions::EveryGenerated => PositionSelection::Generated,
+    }
 }
 
 /// Whether a probe at `positions` reads this position of the request.
@@ -344,6 +416,21 @@ mod tests {
         let error = Labelled::read(&path, Positions::EveryGenerated).expect_err("is rejected");
         assert!(error.to_string().contains("`answer`"), "{error}");
         assert!(Labelled::read(&path, Positions::LastPromptToken).is_ok());
+    }
+
+    #[test]
+    fn rows_that_set_thresholds_need_no_label_and_must_not_be_harmful() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("benign.jsonl");
+        let read = |text: &str| {
+            std::fs::write(&path, text).expect("writes");
+            Labelled::read_benign(&path, Positions::PromptContent)
+        };
+        let good = read("{\"text\":\"a\"}\n{\"text\":\"b\",\"label\":\"benign\"}");
+        assert_eq!(good.expect("reads").positives, [false, false]);
+        let bad = read("{\"text\":\"a\"}\n{\"text\":\"b\",\"label\":\"harmful\"}");
+        let message = bad.expect_err("is rejected").to_string();
+        assert!(message.contains("benign.jsonl:2"), "{message}");
     }
 
     #[test]

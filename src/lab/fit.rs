@@ -1,36 +1,27 @@
 //! Fits a probe: collects states through the engine, fits, calibrates and measures on groups that
 //! the fit never saw, and writes down how it was done.
-//! Knows which mathematics to call; the mathematics is in `inwit-probes`.
+//! Knows which mathematics to call; the mathematics is in `inwit-probes` and `learn.rs`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use inwit_probes::fit::{
-    AttentionData, AttentionParams, FitData, LogisticParams, fit_attention,
-    fit_difference_of_means, fit_logistic, operating_point, platt,
-};
-use inwit_probes::manifest::{Canary, Kind, Manifest, Metric, ModelIdentity, NormKind, Positions};
-use inwit_probes::metrics::{auroc, bootstrap_by_group, tpr_at_fpr};
-use inwit_probes::{
-    Calibration, Gather, GatherState, Head, InputNorm, OperatingPoint, Probe, Site, TokenOutput,
-};
-use ndarray::Array2;
+use inwit_probes::fit::{isotonic, operating_point, platt};
+use inwit_probes::manifest::{Canary, DataRecord, Manifest, Metric, ModelIdentity, Positions};
+use inwit_probes::{Calibration, Gather, OperatingPoint, Probe, Site, TrainedOn};
 
 use super::bench::{Bench, Tick};
 use super::examples::{Example, Labelled, split};
+use super::learn::{Learnt, Readings, Recipe, learn};
+use super::scored::{Ranking, Scored};
 use super::seeded::Seeded;
+use crate::engine::request::PromptForm;
 use crate::error::{Error, Result};
 
-/// The share of the groups on which the probe is calibrated and measured.
-const HELD_OUT: f64 = 0.2;
-/// Tokens of one request that a per-token fit learns from: long requests do not outvote short ones.
-const TOKENS_PER_REQUEST: usize = 8;
-/// Requests whose false-positive rates get a threshold.
+/// False-positive rates that get a threshold.
 const RATES: [f64; 3] = [0.001, 0.01, 0.05];
 /// Answer lengths for which a probe of every generated token gets thresholds.
-const ANSWER_LENGTHS: [u32; 3] = [64, 256, 1024];
+pub const ANSWER_LENGTHS: [u32; 3] = [64, 256, 1024];
 const CANARIES_PER_SIGN: usize = 8;
-const RESAMPLES: usize = 1000;
 
 /// What to fit, and on what.
 #[derive(Clone, Debug)]
@@ -44,14 +35,22 @@ pub struct Options {
     /// Several sites are read together.
     pub sites: Vec<Site>,
     pub positions: Positions,
-    /// Each gets its calibration; the first one shapes the fit.
+    /// Each gets its calibration; the first one is the recipe's.
     pub gathers: Vec<Gather>,
-    pub kind: Kind,
-    /// L2 penalties; with several, cross-validation chooses. Empty for the defaults.
-    pub alphas: Vec<f64>,
-    pub seed: u64,
+    pub recipe: Recipe,
+    pub curve: Curve,
     /// The command line, for the record.
     pub command: String,
+}
+
+/// How logits become probabilities.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Curve {
+    /// A logistic curve (Platt 1999)
+    #[default]
+    Platt,
+    /// A rising step curve: needs more rows, assumes less
+    Isotonic,
 }
 
 /// A fitted probe and what could not be said about it.
@@ -66,80 +65,31 @@ pub async fn fit(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Fit
     check(options)?;
     bench.check_sites(&options.sites)?;
     let train = Labelled::read(&options.train, options.positions)?;
-    let (mut examples, mut forms) = (Vec::new(), Vec::new());
-    train
-        .visit(
-            bench,
-            &options.sites,
-            options.positions,
-            tick,
-            |example, request| {
-                examples.push(example);
-                forms.push(request.prompt.form.clone());
-                Ok(())
-            },
-        )
-        .await?;
+    let (examples, forms) = collect(bench, &train, options, &mut *tick).await?;
     let trained_on = train.form(&forms)?;
-    let (rest, held_out) = split(examples, options.seed, HELD_OUT);
+    let (rest, held_out) = split(examples, options.recipe.seed, options.recipe.held_out);
 
-    let mut work = Work::new(bench, options);
-    let heads = work.heads(&rest)?;
-    let mut manifest = Manifest::new(
-        &options.name,
-        options.kind,
-        bench.d_model(),
-        options.positions,
-        identity(bench),
-    );
-    manifest.gathers = options.gathers.clone();
-    manifest.trained_on = trained_on;
-    manifest.record.data.push(train.record.clone());
-    manifest.record.seed = options.seed;
-    manifest.record.command = options.command.clone();
-    let mut probe = Probe::new(manifest, heads, None).map_err(unfit)?;
-
-    let scored = work.score_all(&probe, &held_out)?;
-    let mut benign: Vec<Scored> = scored.iter().filter(|row| !row.positive).cloned().collect();
+    let mut work = Work::new(bench.d_model(), options);
+    let (learnt, rest) = work.learn(rest).await?;
+    let probe = work.probe(learnt, identity(bench), trained_on, &train.record)?;
+    let scored = Scored::all(&probe, &work.readings(&held_out))?;
     let canaries = match &options.canaries {
         None => work.canaries(&probe, &held_out)?,
         Some(path) => {
-            let mut examples = Vec::new();
             let rows = Labelled::read(path, options.positions)?;
-            let keep = |example, _: &_| {
-                examples.push(example);
-                Ok(())
-            };
-            rows.visit(bench, &options.sites, options.positions, tick, keep)
-                .await?;
+            let (examples, _) = collect(bench, &rows, options, &mut *tick).await?;
             work.canaries(&probe, &examples)?
         }
     };
-    let mut calibration_data = None;
-    if let Some(path) = &options.calibration {
-        let rows = Labelled::read(path, options.positions)?;
-        if let Some(index) = rows.positives.iter().position(|positive| *positive) {
-            let line = rows.rows[index].line;
-            return Err(super::rows::at(
-                &rows.file,
-                line,
-                "must be benign: it sets thresholds",
-            ));
+    let held_out_benign = || scored.iter().filter(|row| !row.positive).cloned().collect();
+    let (benign, benign_data) = match &options.calibration {
+        None => (held_out_benign(), None),
+        Some(path) => {
+            let rows = Labelled::read_benign(path, options.positions)?;
+            let benign = score_rows(bench, &probe, &rows, options.positions, tick).await?;
+            (benign, Some(rows.record))
         }
-        benign.clear();
-        rows.visit(
-            bench,
-            &options.sites,
-            options.positions,
-            tick,
-            |example, _| {
-                benign.push(work.score(&probe, &example)?);
-                Ok(())
-            },
-        )
-        .await?;
-        calibration_data = Some(rows.record);
-    }
+    };
 
     let calibrations = options
         .gathers
@@ -147,22 +97,73 @@ pub async fn fit(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Fit
         .map(|gather| work.calibrate(gather, &scored, &benign))
         .collect::<Result<Vec<_>>>()?;
     work.measure_counts(&rest, &scored, &benign);
-    let std = standard_deviation(scored.iter().flat_map(|row| row.logits()));
-    let (mut manifest, heads, prober) = {
-        let parts = probe.into_parts();
-        (parts.0, parts.1, parts.2)
-    };
-    manifest.record.data.extend(calibration_data);
+    let (mut manifest, heads, prober) = probe.into_parts();
+    manifest.record.data.extend(benign_data);
     manifest.record.metrics = work.metrics;
     manifest.record.note = work.remarks.join(" ");
     manifest.calibrations = calibrations;
-    manifest.calibration_logit_std = std;
+    manifest.calibration_logit_std = standard_deviation(scored.iter().flat_map(Scored::logits));
     manifest.canaries = canaries;
-    probe = Probe::new(manifest, heads, prober).map_err(unfit)?;
+    work.remarks.remove(0); // The settings, which whoever gave the command knows.
     Ok(Fitted {
-        probe,
+        probe: Probe::new(manifest, heads, prober).map_err(unfit)?,
         remarks: work.remarks,
     })
+}
+
+/// The rows' states at the sites of the options, and what requests they are.
+async fn collect(
+    bench: &Bench,
+    rows: &Labelled,
+    options: &Options,
+    tick: Tick<'_>,
+) -> Result<(Vec<Example>, Vec<PromptForm>)> {
+    let (mut examples, mut forms) = (Vec::new(), Vec::new());
+    rows.visit(
+        bench,
+        &options.sites,
+        options.positions,
+        tick,
+        |example, request| {
+            examples.push(example);
+            forms.push(request.prompt.form.clone());
+            Ok(())
+        },
+    )
+    .await?;
+    Ok((examples, forms))
+}
+
+/// Computes where it holds up neither the engine's events nor Ctrl-C.
+pub(super) async fn off_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| Error::internal("the fit ended early: a panic"))?
+}
+
+/// Scores rows and keeps no states.
+pub(super) async fn score_rows(
+    bench: &Bench,
+    probe: &Probe,
+    rows: &Labelled,
+    positions: Positions,
+    tick: Tick<'_>,
+) -> Result<Vec<Scored>> {
+    let sites: Vec<Site> = probe.heads().iter().map(|head| head.site).collect();
+    let readings = Readings {
+        sites: &sites,
+        d_model: bench.d_model(),
+        examples: &[],
+    };
+    let mut scored = Vec::new();
+    rows.visit(bench, &sites, positions, tick, |example, _| {
+        scored.push(Scored::of(probe, &readings, &example)?);
+        Ok(())
+    })
+    .await?;
+    Ok(scored)
 }
 
 /// The loaded model, as artefacts name it.
@@ -205,79 +206,10 @@ pub fn unfit(error: inwit_probes::Error) -> Error {
 
 fn check(options: &Options) -> Result<()> {
     inwit_probes::manifest::check_name("name", &options.name).map_err(unfit)?;
-    if !matches!(
-        options.kind,
-        Kind::Logistic | Kind::DifferenceOfMeans | Kind::Attention
-    ) {
-        return Err(Error::unsupported(
-            "kind",
-            "use logistic, difference_of_means or attention",
-        ));
-    }
-    let attention = options.gathers.contains(&Gather::Attention);
-    if attention != (options.kind == Kind::Attention) || (attention && options.gathers.len() > 1) {
-        return Err(Error::invalid(
-            "gather",
-            "attention goes with --kind attention, and alone",
-        ));
-    }
-    if options.gathers.is_empty() {
-        return Err(Error::invalid("gather", "name at least one"));
-    }
-    if !options.positions.per_token()
-        && options.gathers.iter().any(|gather| *gather != Gather::Last)
-    {
-        let message = format!(
-            "at {} a probe reads one token; use --gather last",
-            options.positions
-        );
-        return Err(Error::invalid("gather", message));
-    }
-    Ok(())
-}
-
-/// A measure of logits and labels.
-type Statistic<'a> = &'a dyn Fn(&[f32], &[bool]) -> inwit_probes::Result<f64>;
-
-/// One request as the fitted probe sees it.
-#[derive(Clone, Debug)]
-struct Scored {
-    positive: bool,
-    group: String,
-    outputs: Vec<TokenOutput>,
-}
-
-impl Scored {
-    /// The request's number: gathered over the first `tokens` tokens.
-    fn gathered(&self, gather: &Gather, tokens: usize) -> f32 {
-        self.running(gather, tokens)
-            .last()
-            .copied()
-            .unwrap_or(f32::MIN)
-    }
-
-    /// The highest number that a rule would see while the tokens come.
-    fn highest(&self, gather: &Gather, tokens: usize) -> f32 {
-        self.running(gather, tokens)
-            .into_iter()
-            .fold(f32::MIN, f32::max)
-    }
-
-    fn running(&self, gather: &Gather, tokens: usize) -> Vec<f32> {
-        let mut state = GatherState::new(gather);
-        let mut values = Vec::new();
-        for output in self.outputs.iter().take(tokens) {
-            // Outputs were checked to be finite when they were made.
-            if state.push(*output).is_ok() {
-                values.push(state.value().unwrap_or(f32::MIN));
-            }
-        }
-        values
-    }
-
-    fn logits(&self) -> impl Iterator<Item = f32> {
-        self.outputs.iter().map(|output| output.logit)
-    }
+    options.recipe.check()?;
+    options
+        .recipe
+        .check_gathers(&options.gathers, options.positions)
 }
 
 /// The fit under way: what is known so far, and what has to be said about it.
@@ -285,137 +217,68 @@ struct Work<'a> {
     options: &'a Options,
     d_model: usize,
     metrics: BTreeMap<String, Metric>,
+    /// The settings first.
     remarks: Vec<String>,
 }
 
 impl<'a> Work<'a> {
-    fn new(bench: &Bench, options: &'a Options) -> Self {
+    fn new(d_model: usize, options: &'a Options) -> Self {
         Self {
             options,
-            d_model: bench.d_model(),
+            d_model,
             metrics: BTreeMap::new(),
-            remarks: Vec::new(),
+            remarks: vec![format!("Settings: {}.", options.recipe.described())],
         }
     }
 
-    /// One head per site: fitted together, on the sites' states side by side.
-    fn heads(&mut self, examples: &[Example]) -> Result<Vec<Head>> {
-        let site = self.options.sites[0];
-        let joint = match self.options.kind {
-            Kind::Attention => {
-                let params = AttentionParams {
-                    seed: self.options.seed,
-                    ..Default::default()
-                };
-                fit_attention(&self.requests(examples)?, site, &params)
-                    .map_err(unfit)?
-                    .head
-            }
-            Kind::DifferenceOfMeans => {
-                fit_difference_of_means(&self.views(examples)?, site, NormKind::Standard)
-                    .map_err(unfit)?
-            }
-            _ => {
-                let mut params = LogisticParams {
-                    seed: self.options.seed,
-                    ..Default::default()
-                };
-                if !self.options.alphas.is_empty() {
-                    params.alphas = self.options.alphas.clone();
-                }
-                let fit = fit_logistic(&self.views(examples)?, site, &params).map_err(unfit)?;
-                self.metric("alpha", fit.alpha, None);
-                if !fit.converged {
-                    let length = fit.gradient;
-                    self.remarks
-                        .push(format!("The solver stopped at gradient {length:.1e}."));
-                }
-                fit.head
-            }
-        };
-        Ok(part(&joint, &self.options.sites, self.d_model))
-    }
-
-    /// What a linear fit learns from: for gathers that are linear in the logits the gathered state
-    /// itself, whose logit is the gathered logit, and single tokens for the others.
-    fn views(&self, examples: &[Example]) -> Result<FitData> {
-        let width = self.d_model * self.options.sites.len();
-        let (mut x, mut y, mut group) = (Vec::new(), Vec::new(), Vec::new());
-        for example in examples {
-            let states = self.side_by_side(example);
-            let views = match self.options.gathers[0] {
-                Gather::Mean => mean(&states, width),
-                Gather::Last => states[states.len() - width..].to_vec(),
-                _ => spread(&states, width, TOKENS_PER_REQUEST),
-            };
-            for _ in 0..views.len() / width {
-                y.push(example.positive);
-                group.push(example.group.clone());
-            }
-            x.extend(views);
+    fn readings<'b>(&self, examples: &'b [Example]) -> Readings<'b>
+    where
+        'a: 'b,
+    {
+        Readings {
+            sites: &self.options.sites,
+            d_model: self.d_model,
+            examples,
         }
-        let x = Array2::from_shape_vec((y.len(), width), x).map_err(Error::internal)?;
-        Ok(FitData { x, y, group })
     }
 
-    fn requests(&self, examples: &[Example]) -> Result<AttentionData> {
-        let width = self.d_model * self.options.sites.len();
-        let request = |example: &Example| {
-            let states = self.side_by_side(example);
-            Array2::from_shape_vec((states.len() / width, width), states).map_err(Error::internal)
-        };
-        Ok(AttentionData {
-            x: examples.iter().map(request).collect::<Result<_>>()?,
-            y: examples.iter().map(|example| example.positive).collect(),
-            group: examples
-                .iter()
-                .map(|example| example.group.clone())
-                .collect(),
-        })
-    }
-
-    /// `[tokens, sites x d_model]`
-    fn side_by_side(&self, example: &Example) -> Vec<f32> {
-        let state = |token: usize| {
-            let site = move |values: &'_ Vec<f32>| {
-                values[token * self.d_model..(token + 1) * self.d_model].to_vec()
+    /// Fits, and gives the examples back.
+    async fn learn(&self, examples: Vec<Example>) -> Result<(Learnt, Vec<Example>)> {
+        let (recipe, sites) = (self.options.recipe.clone(), self.options.sites.clone());
+        let d_model = self.d_model;
+        off_thread(move || {
+            let readings = Readings {
+                sites: &sites,
+                d_model,
+                examples: &examples,
             };
-            example
-                .states
-                .values
-                .iter()
-                .flat_map(site)
-                .collect::<Vec<_>>()
-        };
-        (0..example.states.positions.len())
-            .flat_map(state)
-            .collect()
-    }
-
-    fn score_all(&self, probe: &Probe, examples: &[Example]) -> Result<Vec<Scored>> {
-        examples
-            .iter()
-            .map(|example| self.score(probe, example))
-            .collect()
-    }
-
-    /// By the plain definition, so that an artefact's numbers do not hang on a kernel.
-    fn score(&self, probe: &Probe, example: &Example) -> Result<Scored> {
-        let output = |token: usize| {
-            let hidden = |site: Site| {
-                let index = self.options.sites.iter().position(|own| *own == site);
-                let values = &example.states.values[index.expect("a head of a site not asked for")];
-                &values[token * self.d_model..(token + 1) * self.d_model]
-            };
-            probe.score_row(hidden).map_err(Error::internal)
-        };
-        Ok(Scored {
-            positive: example.positive,
-            group: example.group.clone(),
-            outputs: (0..example.states.positions.len())
-                .map(output)
-                .collect::<Result<_>>()?,
+            let learnt = learn(&recipe, &sites, &readings)?;
+            Ok((learnt, examples))
         })
+        .await
+    }
+
+    /// The probe before it means anything: no calibration, no canaries.
+    fn probe(
+        &mut self,
+        learnt: Learnt,
+        model: ModelIdentity,
+        trained_on: TrainedOn,
+        data: &DataRecord,
+    ) -> Result<Probe> {
+        for (name, value) in learnt.metrics {
+            self.metric(name, value, None);
+        }
+        self.remarks.extend(learnt.remarks);
+        let (options, kind) = (self.options, self.options.recipe.kind);
+        let mut manifest =
+            Manifest::new(&options.name, kind, self.d_model, options.positions, model);
+        manifest.gathers = options.gathers.clone();
+        manifest.trained_on = trained_on;
+        manifest.record.data.push(data.clone());
+        manifest.record.seed = options.recipe.seed;
+        manifest.record.command = options.command.clone();
+        Probe::new(manifest, learnt.heads, learnt.prober).map_err(unfit)
     }
 
     /// Probabilities from the held-out rows, thresholds from benign ones.
@@ -425,32 +288,43 @@ impl<'a> Work<'a> {
         held_out: &[Scored],
         benign: &[Scored],
     ) -> Result<Calibration> {
-        let logits: Vec<f32> = held_out
-            .iter()
-            .map(|row| row.gathered(gather, usize::MAX))
-            .collect();
-        let y: Vec<bool> = held_out.iter().map(|row| row.positive).collect();
-        let group: Vec<String> = held_out.iter().map(|row| row.group.clone()).collect();
-        self.measure(gather, &logits, &y, &group)?;
-        let kind = platt(&logits, &y).map_err(unfit)?;
-        let mut calibration = Calibration::new(*gather, kind, &logits, &y).map_err(unfit)?;
-        let reads_answers = self.options.positions == Positions::EveryGenerated;
-        let lengths: Vec<Option<u32>> = match reads_answers {
-            true => ANSWER_LENGTHS.map(Some).to_vec(),
-            false => vec![None],
+        let ranking = Ranking::of(held_out, gather, self.options.recipe.seed)?;
+        let name = plain(gather);
+        self.insert(&format!("held_out_auroc_{name}"), ranking.auroc);
+        if let Some(caught) = ranking.tpr_at_one_percent {
+            self.insert(&format!("held_out_tpr_at_fpr_0.01_{name}"), caught);
+        }
+        let (logits, y) = self.with_values(gather, held_out);
+        let kind = match self.options.curve {
+            Curve::Platt => platt(&logits, &y),
+            Curve::Isotonic => isotonic(&logits, &y),
         };
-        for length in lengths {
-            let of_request = |row: &Scored| match length {
-                // A rule may fire at any token of the answer.
-                Some(tokens) => row.highest(gather, tokens as usize),
-                None => row.gathered(gather, usize::MAX),
-            };
+        let kind = kind.map_err(unfit)?;
+        let mut calibration = Calibration::new(*gather, kind, &logits, &y).map_err(unfit)?;
+        for length in answer_lengths(self.options.positions) {
+            let of_request = |row: &Scored| row.for_threshold(gather, length);
             let benign: Vec<f32> = benign.iter().map(of_request).collect();
             calibration
                 .thresholds
                 .extend(self.thresholds(&benign, length));
         }
         Ok(calibration)
+    }
+
+    /// The gathered logits of the requests that have one, and their labels.
+    fn with_values(&mut self, gather: &Gather, held_out: &[Scored]) -> (Vec<f32>, Vec<bool>) {
+        let valued = held_out
+            .iter()
+            .filter_map(|row| Some((row.gathered(gather)?, row.positive)));
+        let (logits, y): (Vec<f32>, Vec<bool>) = valued.unzip();
+        let without = held_out.len() - y.len();
+        if without > 0 {
+            self.remarks.push(format!(
+                "{without} of {} held-out rows are too short for {gather} and have no probability.",
+                held_out.len()
+            ));
+        }
+        (logits, y)
     }
 
     fn thresholds(&mut self, benign: &[f32], length: Option<u32>) -> Vec<OperatingPoint> {
@@ -468,46 +342,6 @@ impl<'a> Work<'a> {
             }
         }
         points
-    }
-
-    fn measure(
-        &mut self,
-        gather: &Gather,
-        logits: &[f32],
-        y: &[bool],
-        group: &[String],
-    ) -> Result<()> {
-        let choose = |rows: &[usize]| -> (Vec<f32>, Vec<bool>) {
-            rows.iter().map(|row| (logits[*row], y[*row])).unzip()
-        };
-        let interval = |statistic: Statistic<'_>| {
-            bootstrap_by_group(group, RESAMPLES, self.options.seed, |rows| {
-                let (logits, y) = choose(rows);
-                statistic(&logits, &y)
-            })
-            .ok()
-        };
-        let ranked = (auroc(logits, y).map_err(unfit)?, interval(&auroc));
-        self.metric(
-            &format!("held_out_auroc_{}", plain(gather)),
-            ranked.0,
-            ranked.1,
-        );
-        // With fewer than a hundred, one in a hundred is none.
-        if y.iter().filter(|positive| !**positive).count() < 100 {
-            return Ok(());
-        }
-        let at_one_percent = |logits: &[f32], y: &[bool]| tpr_at_fpr(logits, y, 0.01);
-        let caught = (
-            at_one_percent(logits, y).map_err(unfit)?,
-            interval(&at_one_percent),
-        );
-        self.metric(
-            &format!("held_out_tpr_at_fpr_0.01_{}", plain(gather)),
-            caught.0,
-            caught.1,
-        );
-        Ok(())
     }
 
     fn measure_counts(&mut self, rest: &[Example], held_out: &[Scored], benign: &[Scored]) {
@@ -530,7 +364,7 @@ impl<'a> Work<'a> {
     /// Token sequences of both signs whose logits another weight format must reproduce.
     fn canaries(&self, probe: &Probe, examples: &[Example]) -> Result<Vec<Canary>> {
         let mut order: Vec<usize> = (0..examples.len()).collect();
-        Seeded::new(self.options.seed).shuffle(&mut order);
+        Seeded::new(self.options.recipe.seed).shuffle(&mut order);
         let mut canaries = Vec::new();
         for positive in [true, false] {
             let of_sign = order.iter().map(|index| &examples[*index]);
@@ -557,7 +391,7 @@ impl<'a> Work<'a> {
 
     /// Read at the last token that the probe reads.
     fn canary(&self, probe: &Probe, example: &Example) -> Result<Canary> {
-        let scored = self.score(probe, example)?;
+        let scored = Scored::of(probe, &self.readings(&[]), example)?;
         let last = example.states.positions.len() - 1;
         let position = example.states.positions[last] as usize;
         Ok(Canary {
@@ -569,69 +403,28 @@ impl<'a> Work<'a> {
     }
 
     fn metric(&mut self, name: &str, value: f64, interval: Option<[f64; 2]>) {
-        self.metrics
-            .insert(name.to_owned(), Metric { value, interval });
+        self.insert(name, Metric { value, interval });
+    }
+
+    fn insert(&mut self, name: &str, metric: Metric) {
+        self.metrics.insert(name.to_owned(), metric);
+    }
+}
+
+/// The answer lengths at which a probe at these positions has thresholds.
+pub(super) fn answer_lengths(positions: Positions) -> Vec<Option<u32>> {
+    match positions {
+        Positions::EveryGenerated => ANSWER_LENGTHS.map(Some).to_vec(),
+        _ => vec![None],
     }
 }
 
 /// `ema{0.2}` as part of a metric's name.
-fn plain(gather: &Gather) -> String {
+pub(super) fn plain(gather: &Gather) -> String {
     gather
         .to_string()
         .replace(['{', ',', ' '], "_")
         .replace('}', "")
-}
-
-/// Takes a head over several sites side by side apart: one head per site, the bias with the first.
-fn part(joint: &Head, sites: &[Site], d_model: usize) -> Vec<Head> {
-    let width = sites.len() * d_model;
-    let of_site = |values: &[f32], index: usize| -> Vec<f32> {
-        let rows = values.chunks(width);
-        rows.flat_map(|row| row[index * d_model..(index + 1) * d_model].to_vec())
-            .collect()
-    };
-    let head = |(index, site): (usize, &Site)| Head {
-        site: *site,
-        weight: of_site(&joint.weight, index),
-        bias: match index {
-            0 => joint.bias.clone(),
-            _ => vec![0.0; joint.out],
-        },
-        out: joint.out,
-        norm: match &joint.norm {
-            InputNorm::Standard { mean, scale } => InputNorm::Standard {
-                mean: of_site(mean, index),
-                scale: of_site(scale, index),
-            },
-            norm => norm.clone(),
-        },
-    };
-    sites.iter().enumerate().map(head).collect()
-}
-
-fn mean(states: &[f32], width: usize) -> Vec<f32> {
-    let rows = (states.len() / width) as f64;
-    let column = |column: usize| {
-        let sum: f64 = states
-            .iter()
-            .skip(column)
-            .step_by(width)
-            .map(|v| f64::from(*v))
-            .sum();
-        (sum / rows) as f32
-    };
-    (0..width).map(column).collect()
-}
-
-/// At most `most` rows, evenly spread, the last one among them.
-fn spread(states: &[f32], width: usize, most: usize) -> Vec<f32> {
-    let rows = states.len() / width;
-    let taken = rows.min(most);
-    let row = |index: usize| {
-        let row = (index + 1) * rows / taken - 1;
-        states[row * width..(row + 1) * width].to_vec()
-    };
-    (0..taken).flat_map(row).collect()
 }
 
 fn standard_deviation(values: impl Iterator<Item = f32>) -> f32 {
@@ -648,11 +441,10 @@ fn standard_deviation(values: impl Iterator<Item = f32>) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::lab::states::RowStates;
+    use inwit_probes::{CalibrationKind, Kind};
 
-    const SITES: [&str; 2] = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"];
-    const D_MODEL: usize = 3;
+    use super::*;
+    use crate::lab::learn::tests as tiny;
 
     fn options(kind: Kind, gather: Gather) -> Options {
         Options {
@@ -660,140 +452,87 @@ mod tests {
             train: "train.jsonl".into(),
             calibration: None,
             canaries: None,
-            sites: SITES.map(|site| site.parse().expect("a site")).to_vec(),
+            sites: tiny::sites(),
             positions: Positions::PromptContent,
             gathers: vec![gather],
-            kind,
-            alphas: vec![1e-3],
-            seed: 1,
+            recipe: tiny::recipe(kind, gather),
+            curve: Curve::Platt,
             command: "inwit probe fit".into(),
         }
     }
 
-    fn work(options: &Options) -> Work<'_> {
-        Work {
-            options,
-            d_model: D_MODEL,
-            metrics: BTreeMap::new(),
-            remarks: Vec::new(),
-        }
+    fn probe(work: &Work<'_>, examples: &[Example]) -> Probe {
+        let recipe = &work.options.recipe;
+        let learnt = learn(recipe, &work.options.sites, &work.readings(examples)).expect("fits");
+        tiny::probe(recipe, learnt)
     }
 
-    /// Positives differ at the second site's last dimension.
-    fn examples(count: usize) -> Vec<Example> {
-        let mut seeded = Seeded::new(5);
-        let mut state = |positive: bool, tokens: usize, site: usize| -> Vec<f32> {
-            let mut values: Vec<f32> = (0..tokens * D_MODEL).map(|_| seeded.signed()).collect();
-            if positive && site == 1 {
-                values
-                    .iter_mut()
-                    .skip(2)
-                    .step_by(D_MODEL)
-                    .for_each(|v| *v += 1.5);
-            }
-            values
+    fn check_calibrates(kind: Kind, gather: Gather, curve: Curve) -> Vec<String> {
+        let options = Options {
+            curve,
+            ..options(kind, gather)
         };
-        let example = |index: usize| {
-            let (positive, tokens) = (index.is_multiple_of(2), 2 + index % 3);
-            Example {
-                positive,
-                group: format!("g{index}"),
-                states: RowStates {
-                    positions: (4..).take(tokens).collect(),
-                    tokens: vec![9; tokens],
-                    values: (0..2).map(|site| state(positive, tokens, site)).collect(),
-                },
-                tokens: vec![9; 4 + tokens],
-            }
-        };
-        (0..count).map(example).collect()
-    }
-
-    fn probe(options: &Options, work: &mut Work<'_>, examples: &[Example]) -> Probe {
-        let identity = ModelIdentity {
-            name: "m".into(),
-            architecture_id: "a".into(),
-            weights_id: "w".into(),
-            weight_format: "f32".into(),
-        };
-        let heads = work.heads(examples).expect("fits");
-        let mut manifest = Manifest::new(
-            "prompt_harm",
-            options.kind,
-            D_MODEL,
-            options.positions,
-            identity,
-        );
-        manifest.gathers = options.gathers.clone();
-        Probe::new(manifest, heads, None).expect("a probe")
-    }
-
-    fn check_separates(kind: Kind, gather: Gather) {
-        let options = options(kind, gather);
-        let mut work = work(&options);
-        let (rest, held_out) = split(examples(200), 1, HELD_OUT);
-        let probe = probe(&options, &mut work, &rest);
-        assert_eq!(probe.heads().len(), 2);
-        let scored = work.score_all(&probe, &held_out).expect("scores");
+        let mut work = Work::new(tiny::D_MODEL, &options);
+        let (rest, held_out) = split(tiny::examples(240), 1, 0.2);
+        let probe = probe(&work, &rest);
+        let scored = Scored::all(&probe, &work.readings(&held_out)).expect("scores");
         let calibration = work
             .calibrate(&gather, &scored, &scored)
             .expect("calibrates");
         let auroc = work.metrics[&format!("held_out_auroc_{}", plain(&gather))];
-        assert!(auroc.value > 0.95, "{kind:?}: {auroc:?}");
+        // Under k_of_n a third of these requests has no number and ranks lowest.
+        let least = if matches!(gather, Gather::KOfN { .. }) {
+            0.6
+        } else {
+            0.9
+        };
+        assert!(auroc.value > least, "{kind:?}: {auroc:?}");
         assert!(calibration.probability(100.0) > calibration.probability(-100.0));
+        let isotonic = matches!(calibration.kind, CalibrationKind::Isotonic { .. });
+        assert_eq!(isotonic, curve == Curve::Isotonic);
+        work.remarks
     }
 
     #[test]
-    fn every_kind_and_gather_separates_what_is_apart() {
-        check_separates(Kind::Logistic, Gather::Mean);
-        check_separates(Kind::Logistic, Gather::Last);
-        check_separates(Kind::Logistic, Gather::Max);
-        check_separates(Kind::DifferenceOfMeans, Gather::Mean);
-        check_separates(Kind::Attention, Gather::Attention);
-    }
-
-    #[test]
-    fn a_head_in_parts_scores_like_the_whole() {
-        let options = options(Kind::Logistic, Gather::Mean);
-        let mut work = work(&options);
-        let examples = examples(100);
-        let probe = probe(&options, &mut work, &examples);
-        // The logit of the mean state is the mean of the logits.
-        let scored = work.score(&probe, &examples[0]).expect("scores");
-        let view = mean(&work.side_by_side(&examples[0]), 2 * D_MODEL);
-        let whole = probe
-            .score_row(|site| match site == options.sites[0] {
-                true => &view[..D_MODEL],
-                false => &view[D_MODEL..],
-            })
-            .expect("scores");
-        let gathered = scored.gathered(&Gather::Mean, usize::MAX);
-        assert!(
-            (whole.logit - gathered).abs() < 1e-4,
-            "{} {gathered}",
-            whole.logit
+    fn every_kind_is_calibrated_on_rows_that_it_never_saw() {
+        check_calibrates(Kind::Logistic, Gather::Mean, Curve::Platt);
+        check_calibrates(Kind::Lda, Gather::Last, Curve::Platt);
+        check_calibrates(
+            Kind::DifferenceOfMeans,
+            Gather::CumulativeLogOdds,
+            Curve::Isotonic,
         );
+        check_calibrates(Kind::TwoLayer, Gather::Max, Curve::Platt);
+        check_calibrates(Kind::Attention, Gather::Attention, Curve::Isotonic);
+    }
+
+    #[test]
+    fn requests_too_short_for_their_gather_are_left_out_of_the_curve_and_told() {
+        // The tiny requests have two to four tokens.
+        let gather = Gather::KOfN { k: 3, n: 4 };
+        let remarks = check_calibrates(Kind::Logistic, gather, Curve::Platt);
+        assert!(remarks[1].contains("too short for k_of_n"), "{remarks:?}");
     }
 
     #[test]
     fn too_few_benign_rows_are_remarked_not_hidden() {
         let options = options(Kind::Logistic, Gather::Mean);
-        let mut work = work(&options);
+        let mut work = Work::new(tiny::D_MODEL, &options);
         let benign: Vec<f32> = (0..100).map(|i| i as f32).collect();
         let points = work.thresholds(&benign, None);
         assert_eq!(
             points.iter().map(|point| point.fpr).collect::<Vec<_>>(),
             [0.01, 0.05]
         );
-        assert!(work.remarks[0].contains("0.001"), "{:?}", work.remarks);
+        assert!(work.remarks[1].contains("0.001"), "{:?}", work.remarks);
     }
 
     #[test]
     fn canaries_are_of_both_signs_and_end_where_the_probe_reads() {
         let options = options(Kind::Logistic, Gather::Mean);
-        let mut work = work(&options);
-        let examples = examples(60);
-        let probe = probe(&options, &mut work, &examples);
+        let work = Work::new(tiny::D_MODEL, &options);
+        let examples = tiny::examples(60);
+        let probe = probe(&work, &examples);
         let canaries = work.canaries(&probe, &examples).expect("canaries");
         assert_eq!(canaries.len(), 2 * CANARIES_PER_SIGN);
         assert_eq!(
@@ -809,38 +548,19 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_spread_over_the_request() {
-        let states: Vec<f32> = (0..20).map(|i| i as f32).collect();
-        assert_eq!(spread(&states, 1, 4), [4.0, 9.0, 14.0, 19.0]);
-        assert_eq!(spread(&states[..3], 1, 4), [0.0, 1.0, 2.0]);
-    }
-
-    #[test]
-    fn a_rule_that_may_fire_at_any_token_is_judged_by_the_highest() {
-        let scored = Scored {
-            positive: false,
-            group: "g".into(),
-            outputs: [1.0, 5.0, 2.0].map(TokenOutput::logit).to_vec(),
-        };
-        assert_eq!(scored.gathered(&Gather::Last, usize::MAX), 2.0);
-        assert_eq!(scored.highest(&Gather::Last, usize::MAX), 5.0);
-        assert_eq!(scored.highest(&Gather::Last, 1), 1.0);
-    }
-
-    #[test]
     fn a_model_name_with_spaces_becomes_one_word() {
         assert_eq!(one_word("SmolLM2 135M Instruct"), "SmolLM2-135M-Instruct");
         assert_eq!(one_word(""), "unnamed");
     }
 
     #[test]
-    fn gathers_that_make_no_sense_are_refused() {
-        let error = check(&options(Kind::Logistic, Gather::Attention)).expect_err("refused");
-        assert!(error.to_string().starts_with("gather:"), "{error}");
-        let last = Options {
-            positions: Positions::LastPromptToken,
-            ..options(Kind::Logistic, Gather::Mean)
-        };
-        assert!(check(&last).is_err());
+    fn what_cannot_be_fitted_is_refused_before_any_work() {
+        assert!(check(&options(Kind::Logistic, Gather::Attention)).is_err());
+        let mut unnamed = options(Kind::Logistic, Gather::Mean);
+        unnamed.name = "No Name".into();
+        assert!(check(&unnamed).is_err());
+        let mut odd = options(Kind::Logistic, Gather::Mean);
+        odd.recipe.hidden = Some(3);
+        assert!(check(&odd).is_err());
     }
 }

@@ -11,7 +11,7 @@ use inwit_probes::{Metric, Site};
 use super::bench::{Bench, Tick};
 use super::examples::record;
 use super::fit::{identity, unfit};
-use super::refusal_head::{Examples, Fit, Options, evaluate, fit};
+use super::refusal_head::{Disturbance, Examples, Fit, Options, disturbance, evaluate, fit};
 use super::rows::{self, Row, RowPrompt, at};
 use super::seeded::Seeded;
 use super::states::{RowStates, visit};
@@ -40,6 +40,8 @@ pub struct Made {
     pub head: RefusalHead,
     pub before: Fit,
     pub after: Fit,
+    /// On benign answers that it was not fitted on; none without ten of them.
+    pub benign: Option<Disturbance>,
 }
 
 /// Pairs every harmful prompt with a refusal, reads the states that predict its tokens, and fits.
@@ -59,10 +61,9 @@ pub async fn make(
     let all = teacher_forced(bench, &file, &harmful, &mut *tick).await?;
     let (mut learn, mut held_out) = (Examples::default(), Examples::default());
     for (index, examples) in all.into_iter().enumerate() {
-        let to = if index % HELD_OUT == HELD_OUT - 1 {
-            &mut held_out
-        } else {
-            &mut learn
+        let to = match is_held_out(index) {
+            true => &mut held_out,
+            false => &mut learn,
         };
         to.states.extend(examples.states);
         to.targets.extend(examples.targets);
@@ -71,7 +72,7 @@ pub async fn make(
         record(&data.harmful, harmful.len())?,
         record(&data.refusals, refusals.len())?,
     ];
-    let mut benign = Vec::new();
+    let (mut benign, mut benign_held_out) = (Vec::new(), Vec::new());
     if let Some(path) = &data.benign {
         let rows = rows::read(path)?;
         let file = path.display().to_string();
@@ -82,8 +83,12 @@ pub async fn make(
                 "no `answer`; the head is kept as it is on answers",
             ));
         }
-        for examples in teacher_forced(bench, &file, &rows, &mut *tick).await? {
-            benign.extend(examples.states);
+        let all = teacher_forced(bench, &file, &rows, &mut *tick).await?;
+        for (index, examples) in all.into_iter().enumerate() {
+            match is_held_out(index) {
+                true => benign_held_out.extend(examples.states),
+                false => benign.extend(examples.states),
+            }
         }
         records.push(record(path, rows.len())?);
     }
@@ -92,11 +97,12 @@ pub async fn make(
     let low_rank = fit(output_head, &learn, &benign, options, epoch)?;
     let before = evaluate(output_head, None, &held_out)?;
     let after = evaluate(output_head, Some(&low_rank), &held_out)?;
+    let disturbed = disturbance(output_head, &low_rank, &benign_held_out)?;
 
     let (vocab, d_model) = output_head.dims2()?;
     let mut manifest =
         RefusalHeadManifest::new(&data.name, options.rank, d_model, vocab, identity(bench));
-    let metrics = [
+    let mut metrics = vec![
         ("held_out_loss_before", before.loss),
         ("held_out_loss_after", after.loss),
         ("held_out_accuracy_before", before.accuracy),
@@ -104,6 +110,13 @@ pub async fn make(
         ("held_out_tokens", held_out.targets.len() as f32),
         ("fitted_tokens", learn.targets.len() as f32),
     ];
+    if let Some(benign) = disturbed {
+        metrics.extend([
+            ("held_out_benign_mean_kl", benign.mean_kl),
+            ("held_out_benign_top1_changed", benign.top1_changed),
+            ("held_out_benign_tokens", benign.tokens as f32),
+        ]);
+    }
     for (name, value) in metrics {
         let metric = Metric {
             value: f64::from(value),
@@ -119,7 +132,13 @@ pub async fn make(
         head,
         before,
         after,
+        benign: disturbed,
     })
+}
+
+/// Whether a row is kept for measuring, of prompts and of benign answers alike.
+fn is_held_out(index: usize) -> bool {
+    index % HELD_OUT == HELD_OUT - 1
 }
 
 /// Gives every prompt a refusal: one of its category where there is any, else one of any category.

@@ -51,6 +51,16 @@ pub struct Fit {
     pub accuracy: f32,
 }
 
+/// What a head makes of text that it should leave alone, switched on as if it were needed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Disturbance {
+    /// Mean divergence of the new distribution from the model's own, `KL(own || new)`, in nats.
+    pub mean_kl: f32,
+    /// Share of tokens whose likeliest token is another.
+    pub top1_changed: f32,
+    pub tokens: usize,
+}
+
 /// Positions per optimiser step: `batch x vocab` logits must stay small.
 const BATCH: usize = 64;
 
@@ -124,6 +134,41 @@ pub fn evaluate(head: &Tensor, low_rank: Option<&LowRank>, examples: &Examples) 
         loss: (loss / count) as f32,
         accuracy: (right as f64 / count) as f32,
     })
+}
+
+/// Measures the head on benign states, `[n, d_model]`, that it was not fitted on; none of none.
+pub fn disturbance(
+    head: &Tensor,
+    low_rank: &LowRank,
+    benign: &[f32],
+) -> Result<Option<Disturbance>> {
+    let (_, d_model) = head.dims2()?;
+    let tokens = benign.len() / d_model;
+    if tokens == 0 {
+        return Ok(None);
+    }
+    let order: Vec<usize> = (0..tokens).collect();
+    let (mut divergence, mut changed) = (0.0, 0usize);
+    for batch in order.chunks(BATCH) {
+        let batch = Batch::of(batch, &Examples::default(), benign, d_model, 1.0)?;
+        let (own, new) = batch.logits(head, low_rank)?;
+        let rows = own.to_vec2::<f32>()?.into_iter().zip(new.to_vec2::<f32>()?);
+        for (own, mut new) in rows {
+            changed += usize::from(likeliest(&own) != likeliest(&new));
+            divergence += towards_own(&mut new, &own, 1.0, 1);
+        }
+    }
+    Ok(Some(Disturbance {
+        mean_kl: (divergence / tokens as f64) as f32,
+        top1_changed: changed as f32 / tokens as f32,
+        tokens,
+    }))
+}
+
+/// The lower of equals, as sampling takes it.
+fn likeliest(logits: &[f32]) -> Option<usize> {
+    let ids = (0..logits.len()).rev();
+    ids.max_by(|a, b| logits[*a].total_cmp(&logits[*b]))
 }
 
 fn check(
@@ -545,6 +590,35 @@ mod tests {
         };
         let (free, kept) = (held_back(&fitted(&[])), held_back(&fitted(&benign)));
         assert!(kept < free / 2.0, "{free} {kept}");
+    }
+
+    #[test]
+    fn a_head_disturbs_benign_text_less_when_it_was_fitted_to_leave_it_alone() {
+        let elsewhere = |seed| {
+            let mut benign = random_states(128, seed);
+            benign.chunks_mut(D_MODEL).for_each(|h| h[5] += 4.0);
+            benign
+        };
+        let measured = |low_rank: &LowRank| {
+            disturbance(&head(), low_rank, &elsewhere(13))
+                .expect("measures")
+                .expect("there are tokens")
+        };
+        let (free, kept) = (measured(&fitted(&[])), measured(&fitted(&elsewhere(12))));
+        assert!(kept.mean_kl < free.mean_kl, "{free:?} {kept:?}");
+        assert!(kept.top1_changed <= free.top1_changed, "{free:?} {kept:?}");
+        assert_eq!(kept.tokens, 128);
+    }
+
+    #[test]
+    fn a_head_that_changes_nothing_disturbs_nothing() {
+        let mut nothing = fitted(&[]);
+        nothing.a.fill(0.0);
+        let measured = disturbance(&head(), &nothing, &random_states(9, 3)).expect("measures");
+        let measured = measured.expect("there are tokens");
+        assert_eq!((measured.mean_kl, measured.top1_changed), (0.0, 0.0));
+        assert_eq!(disturbance(&head(), &nothing, &[]), Ok(None));
+        assert_eq!(likeliest(&[1.0, 3.0, 3.0]), Some(1));
     }
 
     #[test]

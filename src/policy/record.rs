@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use inwit_probes::TokenOutput;
+use inwit_probes::{AttentionHeads, TokenOutput};
 
 use super::{Action, Decision, Mode, Policy, PolicyState, Reading};
 use crate::error::{Error, Result};
@@ -119,6 +119,14 @@ pub struct LoggedOutput {
         skip_serializing_if = "Option::is_none"
     )]
     pub key: Option<f32>,
+    /// Of a probe with several attention heads: `[value, key]` of each. With one the value is the
+    /// logit, and `key` is there.
+    #[serde(
+        default,
+        with = "exact_heads",
+        skip_serializing_if = "AttentionHeads::is_empty"
+    )]
+    pub heads: AttentionHeads,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -274,14 +282,24 @@ fn probe_order(policy: &Policy, record: &DecisionRecord) -> Result<Vec<Option<us
 }
 
 impl From<TokenOutput> for LoggedOutput {
-    fn from(TokenOutput { logit, key }: TokenOutput) -> Self {
-        Self { logit, key }
+    fn from(TokenOutput { logit, attention }: TokenOutput) -> Self {
+        let (key, heads) = match attention.pairs() {
+            [(_, key)] => (Some(*key), AttentionHeads::default()),
+            _ => (None, attention),
+        };
+        Self { logit, key, heads }
     }
 }
 
 impl From<LoggedOutput> for TokenOutput {
-    fn from(LoggedOutput { logit, key }: LoggedOutput) -> Self {
-        Self { logit, key }
+    fn from(LoggedOutput { logit, key, heads }: LoggedOutput) -> Self {
+        match key {
+            Some(key) => Self::keyed(logit, key),
+            None => Self {
+                logit,
+                attention: heads,
+            },
+        }
     }
 }
 
@@ -334,6 +352,31 @@ mod exact {
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(source: D) -> Result<f32, D::Error> {
         Exact::deserialize(source).map(f32::from)
+    }
+}
+
+mod exact_heads {
+    use serde::de::Error as _;
+
+    use super::{AttentionHeads, Deserialize, Deserializer, Exact, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        heads: &AttentionHeads,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let pairs = heads.pairs().iter();
+        let pairs: Vec<[Exact; 2]> = pairs
+            .map(|(value, key)| [Exact::from(*value), Exact::from(*key)])
+            .collect();
+        pairs.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        source: D,
+    ) -> Result<AttentionHeads, D::Error> {
+        let pairs = Vec::<[Exact; 2]>::deserialize(source)?.into_iter();
+        let pairs = pairs.map(|[value, key]| (f32::from(value), f32::from(key)));
+        AttentionHeads::new(pairs).ok_or_else(|| D::Error::custom("too many attention heads"))
     }
 }
 
@@ -555,8 +598,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_output_is_written_exactly(logit in any::<f32>(), key in any::<Option<f32>>()) {
-            let output = LoggedOutput { logit, key };
+        fn an_output_is_written_exactly(
+            logit in any::<f32>(),
+            key in any::<Option<f32>>(),
+            pairs in proptest::collection::vec(any::<(f32, f32)>(), 0..4),
+        ) {
+            let heads = AttentionHeads::new(pairs.clone()).unwrap();
+            let output = LoggedOutput { logit, key, heads };
             let text = serde_json::to_string(&output).unwrap();
             let back: LoggedOutput = serde_json::from_str(&text).unwrap();
             let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
@@ -564,6 +612,10 @@ mod tests {
             match (back.key, key) {
                 (Some(a), Some(b)) => prop_assert!(same(a, b)),
                 (a, b) => prop_assert_eq!(a, b),
+            }
+            prop_assert_eq!(back.heads.pairs().len(), pairs.len());
+            for (back, (value, key)) in back.heads.pairs().iter().zip(pairs) {
+                prop_assert!(same(back.0, value) && same(back.1, key));
             }
         }
     }

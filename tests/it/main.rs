@@ -8,6 +8,7 @@ mod cache;
 mod connections;
 mod default_model;
 mod failures;
+mod fitting;
 mod golden;
 mod hold_back;
 mod interrupt;

@@ -211,6 +211,7 @@ async fn row_of(server: &Server, input: &GenerationInput, mode: Mode) -> Value {
         snapshot: server.registry.snapshot(),
         defaults: server.defaults.clone(),
         in_flight: 1,
+        states: Vec::new(),
     };
     let folder = tempfile::tempdir().unwrap();
     let (data, out) = (folder.path().join("in"), folder.path().join("out"));

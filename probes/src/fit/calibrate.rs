@@ -22,6 +22,21 @@ impl Calibration {
         calibration.check("calibration")?;
         Ok(calibration)
     }
+
+    /// Sets an operating point, in place of one of the same rate and answer length.
+    /// They stay in order of length, then of rate.
+    pub fn set_threshold(&mut self, point: OperatingPoint) {
+        let place = |p: &OperatingPoint| (p.answer_tokens, p.fpr);
+        self.thresholds.retain(|old| {
+            old.answer_tokens != point.answer_tokens || (old.fpr - point.fpr).abs() > 1e-9
+        });
+        let after = self
+            .thresholds
+            .iter()
+            .position(|old| place(old) > place(&point));
+        self.thresholds
+            .insert(after.unwrap_or(self.thresholds.len()), point);
+    }
 }
 
 /// Platt scaling (Platt 1999) with smoothed targets, by Newton's method with a line search
@@ -303,6 +318,32 @@ mod tests {
         assert_eq!(point.threshold_logit, 990.0);
         assert!(point.interval[0] < 9.0 / 999.0 && 9.0 / 999.0 < point.interval[1]);
         assert_eq!((point.n, point.answer_tokens), (999, Some(64)));
+    }
+
+    #[test]
+    fn a_threshold_replaces_the_one_of_its_rate_and_keeps_the_others() {
+        let mut calibration = crate::testing::calibration(Gather::Last);
+        let point = |fpr, threshold_logit, answer_tokens| OperatingPoint {
+            fpr,
+            threshold_logit,
+            answer_tokens,
+            ..calibration_point()
+        };
+        for (fpr, threshold, tokens) in [(0.05, 1.0, None), (0.001, 4.0, None), (0.01, 3.0, None)] {
+            calibration.set_threshold(point(fpr, threshold, tokens));
+        }
+        calibration.set_threshold(point(0.01, 9.0, Some(64)));
+        let all: Vec<f32> = calibration
+            .thresholds
+            .iter()
+            .map(|point| point.threshold_logit)
+            .collect();
+        assert_eq!(all, [4.0, 3.0, 1.0, 9.0]);
+        assert!(calibration.check("calibration").is_ok());
+    }
+
+    fn calibration_point() -> OperatingPoint {
+        operating_point(&[0.0; 200], 0.01, None).unwrap()
     }
 
     #[test]

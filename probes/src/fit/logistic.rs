@@ -1,4 +1,4 @@
-//! Logistic regression through linfa: standardised inputs, classes balanced by resampling,
+//! Logistic regression through linfa: standardised inputs, classes weighted by resampling,
 //! the penalty chosen by cross-validation over groups.
 
 use linfa::Dataset;
@@ -7,7 +7,7 @@ use linfa_logistic::LogisticRegression;
 use ndarray::{Array1, Array2, Axis};
 
 use super::means::normalised;
-use super::{FitData, balanced_rows, folds};
+use super::{ClassWeight, FitData, folds, weighted_rows};
 use crate::calibration::sigmoid;
 use crate::error::{Error, Result};
 use crate::manifest::NormKind;
@@ -23,6 +23,7 @@ pub struct LogisticParams {
     /// Folds of the cross-validation; groups are never torn apart.
     pub folds: usize,
     pub max_iterations: u64,
+    pub class_weight: ClassWeight,
     pub seed: u64,
 }
 
@@ -32,6 +33,7 @@ impl Default for LogisticParams {
             alphas: vec![1e-3, 1e-2, 1e-1, 1.0],
             folds: 5,
             max_iterations: 300,
+            class_weight: ClassWeight::default(),
             seed: 0,
         }
     }
@@ -74,7 +76,7 @@ pub fn fit_logistic(data: &FitData, site: Site, params: &LogisticParams) -> Resu
     };
     let alpha = chosen(&cross_validation).unwrap_or(alphas[0]);
     alphas.retain(|stronger| *stronger >= alpha);
-    let rows = balanced_rows(&data.y, &data.group, params.seed);
+    let rows = weighted_rows(&data.y, &data.group, params.class_weight, params.seed);
     let plane = Plane::path(&x, &data.y, &rows, &alphas, params.max_iterations)?
         .pop()
         .expect("a path has a plane for each penalty");
@@ -132,7 +134,7 @@ fn cross_validate(
         let mut kept = vec![true; data.rows()];
         held_out.iter().for_each(|row| kept[*row] = false);
         let rest: Vec<usize> = (0..data.rows()).filter(|row| kept[*row]).collect();
-        let rest = balanced_subset(data, &rest, params.seed);
+        let rest = weighted_subset(data, &rest, params);
         let planes = Plane::path(x, &data.y, &rest, alphas, params.max_iterations)?;
         for (loss, plane) in losses.iter_mut().zip(planes) {
             *loss += plane.log_loss(x, &data.y, held_out)?;
@@ -145,10 +147,10 @@ fn cross_validate(
     Ok(alphas.iter().zip(losses).map(entry).collect())
 }
 
-fn balanced_subset(data: &FitData, rows: &[usize], seed: u64) -> Vec<usize> {
+fn weighted_subset(data: &FitData, rows: &[usize], params: &LogisticParams) -> Vec<usize> {
     let y: Vec<bool> = rows.iter().map(|row| data.y[*row]).collect();
     let group: Vec<String> = rows.iter().map(|row| data.group[*row].clone()).collect();
-    balanced_rows(&y, &group, seed)
+    weighted_rows(&y, &group, params.class_weight, params.seed)
         .into_iter()
         .map(|at| rows[at])
         .collect()

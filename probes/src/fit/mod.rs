@@ -6,6 +6,10 @@ mod calibrate;
 mod lda;
 mod logistic;
 mod means;
+mod null_space;
+
+use std::fmt;
+use std::str::FromStr;
 
 use ndarray::{Array1, Array2, Axis};
 use rand::seq::SliceRandom;
@@ -13,13 +17,16 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::error::{Error, Result};
+use crate::manifest::NormKind;
 use crate::metrics::rows_by_group;
+use crate::probe::InputNorm;
 
 pub use attention::{AttentionData, AttentionFit, AttentionParams, fit_attention};
 pub use calibrate::{isotonic, operating_point, platt};
 pub use lda::fit_lda;
 pub use logistic::{CrossValidation, LogisticFit, LogisticParams, fit_logistic};
 pub use means::{difference_of_means, fit_difference_of_means};
+pub use null_space::{Avoid, OffSubspace, off_subspace};
 
 /// Hidden states at one site with their labels. Rows of one group (rewrites of one prompt) are
 /// one piece of evidence: splits, folds and resampling never tear a group apart.
@@ -76,10 +83,88 @@ impl FitData {
         Ok((self.select(&rest), self.select(&aside)))
     }
 
-    /// Rows that hold both classes equally often: all rows, and further draws of the rarer class,
+    /// The rows as `weight` wants them: all rows, and further draws of the class that is too rare,
     /// group by group, so that no group is preferred.
-    pub fn balanced(&self, seed: u64) -> Self {
-        self.select(&balanced_rows(&self.y, &self.group, seed))
+    pub fn weighted(&self, weight: ClassWeight, seed: u64) -> Self {
+        self.select(&self.weighted_rows(weight, seed))
+    }
+
+    /// The indices of `weighted`, for fits that do not want the states twice.
+    pub fn weighted_rows(&self, weight: ClassWeight, seed: u64) -> Vec<usize> {
+        weighted_rows(&self.y, &self.group, weight, seed)
+    }
+
+    /// The states as a head of that norm sees them, and the norm. Checks the data first.
+    pub fn normalised(&self, norm: NormKind) -> Result<(InputNorm, Array2<f32>)> {
+        self.check()?;
+        means::normalised(&self.x, norm)
+    }
+}
+
+/// What the positive rows together weigh against the negative ones, reached by drawing rows of the
+/// class that is too rare again.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum ClassWeight {
+    /// As much.
+    #[default]
+    Balanced,
+    /// As their numbers are.
+    None,
+    /// So many times as much, between 1/100 and 100.
+    Ratio(f64),
+}
+
+impl ClassWeight {
+    const MOST: f64 = 100.0;
+
+    /// What each row weighs in a loss, with a mean of 1. Both classes must be there.
+    pub fn of_rows(self, y: &[bool]) -> Vec<f32> {
+        let ratio = match self {
+            Self::None => return vec![1.0; y.len()],
+            Self::Balanced => 1.0,
+            Self::Ratio(ratio) => ratio,
+        };
+        let positives = y.iter().filter(|y| **y).count() as f64;
+        let rows = y.len() as f64;
+        let positive = rows * ratio / (ratio + 1.0) / positives;
+        let negative = rows / (ratio + 1.0) / (rows - positives);
+        let weight = |y: &bool| if *y { positive } else { negative };
+        y.iter().map(|y| weight(y) as f32).collect()
+    }
+}
+
+impl fmt::Display for ClassWeight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Balanced => f.write_str("balanced"),
+            Self::None => f.write_str("none"),
+            Self::Ratio(ratio) => write!(f, "{ratio}:1"),
+        }
+    }
+}
+
+impl FromStr for ClassWeight {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let ratio = |text: &str| {
+            let (positive, negative) = text.split_once(':')?;
+            let ratio = positive.parse::<f64>().ok()? / negative.parse::<f64>().ok()?;
+            (1.0 / Self::MOST..=Self::MOST)
+                .contains(&ratio)
+                .then_some(Self::Ratio(ratio))
+        };
+        match text {
+            "balanced" => Ok(Self::Balanced),
+            "none" => Ok(Self::None),
+            _ => ratio(text).ok_or_else(|| {
+                Error::invalid(
+                    "class_weight",
+                    "expected balanced, none, or what the positive rows together weigh against \
+                     the negative ones, such as 2:1 (between 1:100 and 100:1)",
+                )
+            }),
+        }
     }
 }
 
@@ -173,10 +258,27 @@ fn shuffled_strata(y: &[bool], group: &[String], seed: u64) -> [Vec<Vec<usize>>;
     strata
 }
 
-pub(crate) fn balanced_rows(y: &[bool], group: &[String], seed: u64) -> Vec<usize> {
+pub(crate) fn weighted_rows(
+    y: &[bool],
+    group: &[String],
+    weight: ClassWeight,
+    seed: u64,
+) -> Vec<usize> {
+    let mut rows: Vec<usize> = (0..y.len()).collect();
+    let ratio = match weight {
+        ClassWeight::None => return rows,
+        ClassWeight::Balanced => 1.0,
+        ClassWeight::Ratio(ratio) => ratio,
+    };
     let positives = y.iter().filter(|y| **y).count();
-    let rarer = positives * 2 < y.len();
-    let missing = y.len().abs_diff(2 * positives);
+    let negatives = y.len() - positives;
+    let wanted_positives = (negatives as f64 * ratio).round() as usize;
+    let wanted_negatives = (positives as f64 / ratio).round() as usize;
+    let rarer = wanted_positives > positives;
+    let missing = match rarer {
+        true => wanted_positives - positives,
+        false => wanted_negatives.saturating_sub(negatives),
+    };
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut donors: Vec<Vec<usize>> = rows_by_group(group)
         .into_iter()
@@ -188,7 +290,6 @@ pub(crate) fn balanced_rows(y: &[bool], group: &[String], seed: u64) -> Vec<usiz
         .filter(|rows| !rows.is_empty())
         .collect();
     donors.shuffle(&mut rng);
-    let mut rows: Vec<usize> = (0..y.len()).collect();
     let drawn = donors.iter().cycle().take(missing);
     rows.extend(drawn.map(|donor| donor[rng.gen_range(0..donor.len())]));
     rows
@@ -217,7 +318,7 @@ pub(crate) fn standardisation(x: &Array2<f32>) -> (Vec<f32>, Vec<f32>) {
 pub(crate) mod tests {
     use super::*;
     use crate::metrics::auroc;
-    use crate::probe::{Head, InputNorm};
+    use crate::probe::Head;
     use ndarray::ArrayView1;
     use proptest::prelude::{any, prop_assert, prop_assert_eq, prop_assume, proptest};
 
@@ -295,6 +396,51 @@ pub(crate) mod tests {
         check(|data| data.x = Array2::zeros((30, 0)), "no dimensions");
     }
 
+    #[test]
+    fn a_class_weight_is_a_word_or_a_ratio() {
+        let check = |text: &str, expected| assert_eq!(text.parse::<ClassWeight>().ok(), expected);
+        check("balanced", Some(ClassWeight::Balanced));
+        check("none", Some(ClassWeight::None));
+        check("3:2", Some(ClassWeight::Ratio(1.5)));
+        for bad in ["", "even", "1:0", "0:1", "1:1000", "-1:2", "nan:1", "1:2:3"] {
+            check(bad, None);
+        }
+    }
+
+    #[test]
+    fn weights_in_a_loss_have_the_ratio_and_a_mean_of_one() {
+        let y: Vec<bool> = (0..300).map(|row| row % 3 == 0).collect();
+        for (weight, ratio) in [
+            (ClassWeight::Balanced, 1.0),
+            (ClassWeight::None, 0.5),
+            (ClassWeight::Ratio(4.0), 4.0),
+        ] {
+            let weights = weight.of_rows(&y);
+            let of = |class: bool| -> f32 {
+                let rows = weights.iter().zip(&y).filter(|(_, y)| **y == class);
+                rows.map(|(weight, _)| weight).sum()
+            };
+            assert!((of(true) / of(false) - ratio).abs() < 1e-4, "{weight}");
+            assert!(
+                (weights.iter().sum::<f32>() - 300.0).abs() < 1e-2,
+                "{weight}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_ratio_is_reached_by_drawing_the_rarer_class_again() {
+        let data = two_clouds(300, 3, 1); // 100 positives
+        let positives = |weight| {
+            let rows = data.weighted(weight, 4).y;
+            (rows.iter().filter(|y| **y).count(), rows.len())
+        };
+        assert_eq!(positives(ClassWeight::None), (100, 300));
+        assert_eq!(positives(ClassWeight::Balanced), (200, 400));
+        assert_eq!(positives(ClassWeight::Ratio(2.0)), (400, 600));
+        assert_eq!(positives(ClassWeight::Ratio(0.25)), (100, 500));
+    }
+
     proptest! {
         #[test]
         fn balancing_evens_the_classes_and_keeps_every_row(
@@ -303,7 +449,7 @@ pub(crate) mod tests {
             let y: Vec<bool> = labels.iter().map(|(y, _)| *y).collect();
             let group: Vec<String> = labels.iter().map(|(_, g)| g.to_string()).collect();
             prop_assume!(y.contains(&true) && y.contains(&false));
-            let rows = balanced_rows(&y, &group, seed);
+            let rows = weighted_rows(&y, &group, ClassWeight::Balanced, seed);
             let positives = rows.iter().filter(|row| y[**row]).count();
             prop_assert_eq!(positives * 2, rows.len());
             prop_assert!((0..y.len()).all(|row| rows.contains(&row)));

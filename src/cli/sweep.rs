@@ -1,0 +1,183 @@
+//! `inwit probe sweep`: which site tells the classes apart, as a table, JSON and a plot.
+
+use std::path::{Path, PathBuf};
+
+use inwit_probes::{Gather, Kind, Metric, Positions};
+
+use super::Exit;
+use super::open::{ModelArgs, ticking};
+use super::paths;
+use super::probe::{command_line, positions, table};
+use super::progress::Progress;
+use super::recipe::RecipeArgs;
+use super::terminal::{note, print};
+use crate::error::{Error, Result};
+use crate::lab::layer_plot;
+use crate::lab::scored::Ranking;
+use crate::lab::sweep::{MOST_STATES, Options, SiteChoice, Sweep, sweep};
+
+/// One penalty for every site, since a search at each takes twenty times as long.
+const ALPHA: f64 = 0.01;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct SweepArgs {
+    /// JSON lines with `label`, as `probe fit` takes them; a fifth of the groups is held out
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Labelled files to measure every site on that no fit reads; several may be given
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    dev: Vec<PathBuf>,
+    /// Sites, separated by commas, or every layer's of a name: all-resid_post, all-resid_mid,
+    /// all-resid_pre, all-attn_out, all-mlp_out
+    #[arg(
+        long,
+        value_name = "SITES",
+        value_delimiter = ',',
+        default_value = "all-resid_post"
+    )]
+    sites: Vec<SiteChoice>,
+    /// last, prompt_content, generated:K or every_generated; the last two need `answer` in the data
+    #[arg(long, value_parser = positions, default_value = "last")]
+    positions: Positions,
+    /// How token logits become the request's: last, max, mean, ema{0.2}, k_of_n{2,8},
+    /// cumulative_log_odds or attention [default: last, or attention]
+    #[arg(long, value_name = "GATHER")]
+    gather: Option<Gather>,
+    /// Folder for sweep.json and sweep.svg; it is made if need be
+    #[arg(long, value_name = "FOLDER")]
+    out: PathBuf,
+    /// Folders of `lab collect`: where one holds the states of a file given here, they are read
+    /// instead of running the model; several may be given
+    #[arg(long, value_name = "FOLDER", num_args = 1..)]
+    states: Vec<PathBuf>,
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+pub(super) async fn run(args: SweepArgs) -> Result<Exit> {
+    std::fs::create_dir_all(&args.out)
+        .map_err(|error| Error::file(args.out.display(), format!("cannot be made: {error}")))?;
+    let mut data: Vec<&Path> = vec![&args.data];
+    data.extend(args.dev.iter().map(PathBuf::as_path));
+    let mut json = paths::open(&args.out.join("sweep.json"), &data)?;
+    let mut svg = paths::open(&args.out.join("sweep.svg"), &data)?;
+
+    let mut bench = args.model.bench(Some("off"), Some("off")).await?;
+    bench.use_states(&args.states, &data)?;
+    let (mut recipe, _) = args.recipe.recipe(args.gather.into_iter().collect());
+    if recipe.kind == Kind::Logistic && recipe.alphas.is_empty() {
+        recipe.alphas.push(ALPHA);
+    }
+    let options = Options {
+        train: args.data,
+        dev: args.dev,
+        sites: args.sites,
+        positions: args.positions,
+        recipe,
+        most_states: MOST_STATES,
+        command: command_line(),
+    };
+    let mut progress = Progress::new("prompts");
+    let mut tick = ticking(&mut progress);
+    let found = sweep(&bench, &options, &mut tick).await?;
+    drop(tick);
+    drop(progress);
+    json.row(&found)?;
+    svg.bytes(layer_plot::by_site(&title(&found), &found)?.as_bytes())?;
+    json.finish()?;
+    svg.finish()?;
+    print(&format!("{}\n", tabled(&found)))?;
+    summarise(&found);
+    Ok(Exit::Done)
+}
+
+fn title(found: &Sweep) -> String {
+    format!(
+        "{} at {} ({}), {} fitted on {}",
+        found.kind, found.positions, found.gather, found.model.name, found.data.name
+    )
+}
+
+fn tabled(found: &Sweep) -> String {
+    let mut header = vec!["site", "held-out AUROC", "held-out TPR at 1 % FPR"];
+    header.extend(found.dev.iter().map(|data| data.name.as_str()));
+    if found.dev.len() > 1 {
+        header.extend(["together", "together TPR at 1 %"]);
+    } else if found.dev.len() == 1 {
+        header.push("its TPR at 1 %");
+    }
+    let mut rows = table(&header);
+    for row in &found.sites {
+        let mut cells = vec![
+            row.site.to_string(),
+            told(Some(&row.held_out.auroc)),
+            told(row.held_out.tpr_at_one_percent.as_ref()),
+        ];
+        let auroc = |ranking: &Option<Ranking>| told(ranking.as_ref().map(|r| &r.auroc));
+        cells.extend(row.dev.iter().map(auroc));
+        let together = row.dev_together.as_ref();
+        if found.dev.len() > 1 {
+            cells.push(told(together.map(|ranking| &ranking.auroc)));
+        }
+        if !found.dev.is_empty() {
+            cells.push(told(together.and_then(|r| r.tpr_at_one_percent.as_ref())));
+        }
+        rows.add_row(cells);
+    }
+    rows.trim_fmt()
+}
+
+/// A value with its interval; a dash where there is none.
+fn told(metric: Option<&Metric>) -> String {
+    match metric {
+        None => "-".into(),
+        Some(Metric {
+            value,
+            interval: Some([low, high]),
+        }) => format!("{value:.3} ({low:.3} to {high:.3})"),
+        Some(metric) => format!("{:.3}", metric.value),
+    }
+}
+
+fn summarise(found: &Sweep) {
+    let on = match found.dev.is_empty() {
+        true => "on held-out groups",
+        false => "on the development files together",
+    };
+    if let Some(row) = found.highest() {
+        note(&format!(
+            "highest AUROC {on}: {}; the intervals of {} of {} sites reach into its own, so these \
+             rows do not tell them apart",
+            row.site,
+            found.not_told_apart(),
+            found.sites.len()
+        ));
+    }
+    let stopped = found.sites.iter().filter(|row| !row.remarks.is_empty());
+    for row in stopped {
+        note(&format!("{}: {}", row.site, row.remarks.join(" ")));
+    }
+    if found.passes > 1 {
+        note(&format!(
+            "the states of all sites do not fit in memory at once: read in {} passes",
+            found.passes
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_measured_is_a_dash() {
+        assert_eq!(told(None), "-");
+        let metric = Metric {
+            value: 0.5,
+            interval: Some([0.25, 0.75]),
+        };
+        assert_eq!(told(Some(&metric)), "0.500 (0.250 to 0.750)");
+    }
+}
