@@ -5,8 +5,8 @@
 use std::fmt::Write as _;
 
 use inwit_probes::fit::{
-    AttentionData, AttentionParams, ClassWeight, FitData, LogisticParams, fit_attention,
-    fit_difference_of_means, fit_lda, fit_logistic,
+    AttentionData, AttentionParams, ClassWeight, FitData, LogisticParams, TokenStates,
+    fit_attention, fit_difference_of_means, fit_lda, fit_logistic,
 };
 use inwit_probes::{Gather, Head, InputNorm, Kind, NormKind, Positions, Site, TwoLayer};
 use ndarray::Array2;
@@ -40,6 +40,8 @@ pub struct Recipe {
     pub attention_heads: Option<usize>,
     /// Steps in which attention's learning rate rises.
     pub warm_up: Option<usize>,
+    /// Share of tokens that a step of attention does not see.
+    pub token_dropout: Option<f64>,
     pub epochs: Option<usize>,
     /// Rows or requests per step.
     pub batch: Option<usize>,
@@ -79,6 +81,7 @@ impl Recipe {
             hidden: None,
             attention_heads: None,
             warm_up: None,
+            token_dropout: None,
             epochs: None,
             batch: None,
             learning_rate: None,
@@ -107,6 +110,11 @@ impl Recipe {
             (
                 "warm_up",
                 self.warm_up.is_some(),
+                self.kind == Kind::Attention,
+            ),
+            (
+                "token_dropout",
+                self.token_dropout.is_some(),
                 self.kind == Kind::Attention,
             ),
             ("epochs", self.epochs.is_some(), descends),
@@ -169,6 +177,7 @@ impl Recipe {
                 let params = self.attention();
                 add("attention heads", params.heads.to_string());
                 add("warm-up", params.warm_up.to_string());
+                add("token dropout", params.token_dropout.to_string());
                 add("epochs", params.epochs.to_string());
                 add("batch", params.batch.to_string());
                 add("learning rate", params.learning_rate.to_string());
@@ -198,6 +207,7 @@ impl Recipe {
         AttentionParams {
             heads: self.attention_heads.unwrap_or(own.heads),
             warm_up: self.warm_up.unwrap_or(own.warm_up),
+            token_dropout: narrow(self.token_dropout, own.token_dropout),
             epochs: self.epochs.unwrap_or(own.epochs),
             batch: self.batch.unwrap_or(own.batch),
             learning_rate: narrow(self.learning_rate, own.learning_rate),
@@ -233,7 +243,16 @@ pub fn learn(recipe: &Recipe, sites: &[Site], readings: &Readings<'_>) -> Result
     let mut learnt = Learnt::default();
     let joint = match recipe.kind {
         Kind::Attention => {
-            let data = readings.requests(sites)?;
+            let states = readings.requests(sites)?;
+            let examples = readings.examples.iter();
+            let (y, group): (Vec<bool>, Vec<String>) = examples
+                .map(|example| (example.positive, example.group.clone()))
+                .unzip();
+            let data = AttentionData {
+                states: &states,
+                y: &y,
+                group: &group,
+            };
             let fit = fit_attention(data, site, &recipe.attention()).map_err(unfit)?;
             let last = fit.losses.last().copied().unwrap_or_default();
             learnt.metrics.push(("loss_of_last_epoch", f64::from(last)));
@@ -332,25 +351,48 @@ impl Readings<'_> {
         Ok(FitData { x, y, group })
     }
 
-    fn requests(&self, sites: &[Site]) -> Result<AttentionData> {
-        let width = self.d_model * sites.len();
-        let request = |example: &Example| {
-            let states = self.side_by_side(example, sites)?;
-            Array2::from_shape_vec((states.len() / width, width), states).map_err(Error::internal)
+    fn requests(&self, sites: &[Site]) -> Result<Requests<'_>> {
+        let of_sites = |example| {
+            let values = sites.iter().map(|site| self.values(example, *site));
+            values.map(|values| Ok(values?.as_slice())).collect()
         };
-        Ok(AttentionData {
-            x: self.examples.iter().map(request).collect::<Result<_>>()?,
-            y: self
-                .examples
-                .iter()
-                .map(|example| example.positive)
-                .collect(),
-            group: self
-                .examples
-                .iter()
-                .map(|example| example.group.clone())
-                .collect(),
+        Ok(Requests {
+            d_model: self.d_model,
+            states: self.examples.iter().map(of_sites).collect::<Result<_>>()?,
         })
+    }
+}
+
+/// The states of every example at some sites, where they lie: tokens are put together from their
+/// sites as a fit reads them.
+struct Requests<'a> {
+    d_model: usize,
+    /// Per example and site, `[tokens, d_model]`.
+    states: Vec<Vec<&'a [f32]>>,
+}
+
+impl TokenStates for Requests<'_> {
+    fn requests(&self) -> usize {
+        self.states.len()
+    }
+
+    fn width(&self) -> usize {
+        self.d_model * self.states.first().map_or(0, Vec::len)
+    }
+
+    fn tokens(&self, request: usize) -> usize {
+        self.states[request]
+            .first()
+            .map_or(0, |values| values.len() / self.d_model)
+    }
+
+    fn read(&self, request: usize, into: &mut Vec<f32>) {
+        for token in 0..self.tokens(request) {
+            let place = token * self.d_model..(token + 1) * self.d_model;
+            for values in &self.states[request] {
+                into.extend_from_slice(&values[place.clone()]);
+            }
+        }
     }
 }
 
