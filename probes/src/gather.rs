@@ -13,7 +13,7 @@ use crate::error::{Error, Result, ScoreFailure};
 pub const MAX_WINDOW: u32 = 256;
 
 /// The most attention heads of a probe.
-pub const MAX_ATTENTION_HEADS: usize = 16;
+pub const MAX_ATTENTION_HEADS: usize = 8;
 
 /// What a probe says about one token.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,6 +35,11 @@ pub struct AttentionHeads {
 }
 
 impl AttentionHeads {
+    const NONE: Self = Self {
+        count: 0,
+        pairs: [(0.0, 0.0); MAX_ATTENTION_HEADS],
+    };
+
     /// None for more than `MAX_ATTENTION_HEADS`.
     pub fn new(pairs: impl IntoIterator<Item = (f32, f32)>) -> Option<Self> {
         let mut heads = Self::default();
@@ -68,10 +73,10 @@ impl fmt::Debug for AttentionHeads {
 }
 
 impl TokenOutput {
-    pub fn logit(logit: f32) -> Self {
+    pub const fn logit(logit: f32) -> Self {
         Self {
             logit,
-            attention: AttentionHeads::default(),
+            attention: AttentionHeads::NONE,
         }
     }
 
@@ -307,11 +312,15 @@ enum State {
         window: VecDeque<f32>,
     },
     Sum(Option<f64>),
-    /// One per head, from the first token on.
-    Attention(Vec<SoftMax>),
+    /// As many heads as the first token had; in place, so that no token allocates.
+    Attention {
+        count: usize,
+        heads: [SoftMax; MAX_ATTENTION_HEADS],
+    },
 }
 
-/// A soft-max average under way. Sums are scaled by `exp(-highest)`, so no key can overflow them.
+/// A soft-max average under way (Milakov and Gimelshein 2018). Sums are scaled by `exp(-highest)`,
+/// so no key can overflow them.
 #[derive(Debug, Clone, Copy)]
 struct SoftMax {
     highest: f64,
@@ -353,7 +362,10 @@ impl GatherState {
                 window: VecDeque::new(),
             },
             Gather::CumulativeLogOdds => State::Sum(None),
-            Gather::Attention => State::Attention(Vec::new()),
+            Gather::Attention => State::Attention {
+                count: 0,
+                heads: [SoftMax::EMPTY; MAX_ATTENTION_HEADS],
+            },
         };
         Self { kind }
     }
@@ -379,17 +391,15 @@ impl GatherState {
                 window.push_back(logit);
             }
             State::Sum(sum) => *sum = Some(sum.unwrap_or(0.0) + f64::from(logit)),
-            State::Attention(heads) => {
+            State::Attention { count, heads } => {
                 let pairs = attention.pairs();
                 if pairs.is_empty() {
                     return Err(ScoreFailure::MissingKey);
                 }
-                if heads.is_empty() {
-                    heads.resize(pairs.len(), SoftMax::EMPTY);
-                }
-                if heads.len() != pairs.len() {
+                if *count != 0 && *count != pairs.len() {
                     return Err(ScoreFailure::Shape);
                 }
+                *count = pairs.len();
                 for (head, (value, key)) in heads.iter_mut().zip(pairs) {
                     head.push(*value, *key);
                 }
@@ -406,9 +416,10 @@ impl GatherState {
             State::Mean { sum, count } => Some(finite_f32(sum / *count as f64)),
             State::Ema { value, .. } | State::Sum(value) => value.map(finite_f32),
             State::KOfN { k, window, .. } => kth_largest(window, *k),
-            State::Attention(heads) if heads.is_empty() => None,
-            State::Attention(heads) => {
-                let averages = heads.iter().map(|head| head.weighted / head.weights);
+            State::Attention { count: 0, .. } => None,
+            State::Attention { count, heads } => {
+                let heads = heads.iter().take(*count);
+                let averages = heads.map(|head| head.weighted / head.weights);
                 Some(finite_f32(averages.sum()))
             }
         }
@@ -497,7 +508,7 @@ mod tests {
         })
     }
 
-    /// Tokens of a probe with one to three attention heads.
+    /// Tokens of a probe with one to eight attention heads.
     fn outputs(range: f32) -> impl Strategy<Value = Vec<TokenOutput>> {
         let pair = move || (-range..range, -range..range);
         let token = move |heads: usize| {
@@ -506,10 +517,48 @@ mod tests {
                 attention: AttentionHeads::new(pairs).unwrap(),
             })
         };
-        (1_usize..4).prop_flat_map(move |heads| proptest::collection::vec(token(heads), 0..40))
+        (1..=MAX_ATTENTION_HEADS)
+            .prop_flat_map(move |heads| proptest::collection::vec(token(heads), 0..40))
+    }
+
+    /// What the attention gather was before a probe could have several heads.
+    fn gathered_by_one_head(tokens: &[(f32, f32)]) -> f32 {
+        let (mut highest, mut weights, mut weighted) = (f64::NEG_INFINITY, 0.0, 0.0);
+        for (value, key) in tokens {
+            let key = f64::from(*key);
+            let raised = highest.max(key);
+            let fade = (highest - raised).exp();
+            let weight = (key - raised).exp();
+            weights = weights * fade + weight;
+            weighted = weighted * fade + weight * f64::from(*value);
+            highest = raised;
+        }
+        finite_f32(weighted / weights)
     }
 
     proptest! {
+        #[test]
+        fn one_head_has_the_bits_that_it_always_had(
+            tokens in proptest::collection::vec((-1e4_f32..1e4, -1e3_f32..1e3), 1..40),
+        ) {
+            let outputs = tokens.iter().map(|(value, key)| TokenOutput::keyed(*value, *key));
+            let streamed = stream(Gather::Attention, &outputs.collect::<Vec<_>>()).unwrap();
+            prop_assert_eq!(streamed.to_bits(), gathered_by_one_head(&tokens).to_bits());
+        }
+
+        #[test]
+        fn several_heads_are_the_sum_of_each_alone(outputs in outputs(50.0)) {
+            prop_assume!(!outputs.is_empty());
+            let alone = |head: usize| {
+                let pair = |output: &TokenOutput| output.attention.pairs()[head];
+                let pairs: Vec<(f32, f32)> = outputs.iter().map(pair).collect();
+                f64::from(gathered_by_one_head(&pairs))
+            };
+            let sum: f64 = (0..outputs[0].attention.pairs().len()).map(alone).sum();
+            let together = f64::from(stream(Gather::Attention, &outputs).unwrap());
+            prop_assert!((together - sum).abs() <= 1e-4, "{} {}", together, sum);
+        }
+
         #[test]
         fn streaming_equals_the_definition(outputs in outputs(50.0)) {
             for gather in ALL {
@@ -572,6 +621,14 @@ mod tests {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let as_logit = TokenOutput::keyed(bad, 0.0);
                 let as_key = TokenOutput::keyed(0.0, bad);
+                let in_another_head = |pair| TokenOutput {
+                    logit: 0.0,
+                    attention: AttentionHeads::new([(0.0, 0.0), pair]).unwrap(),
+                };
+                for pair in [(bad, 0.0), (0.0, bad)] {
+                    let pushed = state.push(in_another_head(pair));
+                    assert_eq!(pushed, Err(ScoreFailure::NotFinite));
+                }
                 assert_eq!(state.push(as_logit), Err(ScoreFailure::NotFinite));
                 assert_eq!(state.push(as_key), Err(ScoreFailure::NotFinite));
             }

@@ -320,6 +320,14 @@ impl Manifest {
         }
     }
 
+    /// How many attention heads are gathered side by side; 0 for other kinds.
+    pub fn attention_heads(&self) -> usize {
+        match self.kind {
+            Kind::Attention => self.heads.first().map_or(0, |head| head.out / 2),
+            _ => 0,
+        }
+    }
+
     /// The gather that a policy's choice means for this probe.
     pub fn gather(&self, choice: &GatherChoice) -> Result<Gather> {
         let calibrated = self.calibrations.iter().map(|c| &c.gather);
@@ -686,6 +694,36 @@ mod tests {
             let manifest = manifest(kind);
             let json = serde_json::to_string(&manifest).unwrap();
             assert_eq!(serde_json::from_str::<Manifest>(&json).unwrap(), manifest);
+        }
+    }
+
+    #[test]
+    fn attention_has_a_value_and_a_key_for_each_of_one_to_eight_heads() {
+        let manifest = |outs: &[usize]| {
+            let mut manifest = crate::testing::attention().manifest().clone();
+            let head = manifest.heads[0].clone();
+            let of = |out: &usize| HeadSpec {
+                out: *out,
+                ..head.clone()
+            };
+            manifest.heads = outs.iter().map(of).collect();
+            manifest
+        };
+        for heads in 1..=MAX_ATTENTION_HEADS {
+            let manifest = manifest(&[2 * heads, 2 * heads]);
+            assert_eq!(manifest.check(), Ok(()));
+            assert_eq!(manifest.attention_heads(), heads);
+        }
+        for (outs, field, reason) in [
+            (&[5][..], "heads[0].out", "is 5"),
+            (&[18], "heads[0].out", "1 to 8 attention heads"),
+            (&[4, 2], "heads[1].out", "needs 4 in every head"),
+        ] {
+            let message = manifest(outs).check().unwrap_err().to_string();
+            assert!(
+                message.contains(field) && message.contains(reason),
+                "{message}"
+            );
         }
     }
 

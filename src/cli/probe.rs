@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 use comfy_table::{Table, presets};
-use inwit_probes::{Gather, Manifest, OperatingPoint, Positions, Probe, Site};
+use inwit_probes::{Gather, Kind, Manifest, OperatingPoint, Positions, Probe, Site};
 
 use super::open::{ModelArgs, ticking};
 use super::paths;
@@ -194,6 +194,9 @@ fn described(manifest: &Manifest) -> String {
     };
     let listed = |items: Vec<String>| items.join(", ");
     fact("kind", name_of(manifest.kind).to_owned());
+    if manifest.kind == Kind::Attention {
+        fact("attention heads", manifest.attention_heads().to_string());
+    }
     fact(
         "sites",
         listed(
@@ -290,7 +293,6 @@ pub(super) fn table(header: &[&str]) -> Table {
 
 #[cfg(test)]
 mod tests {
-    use inwit_probes::Kind;
     use inwit_probes::manifest::{Metric, ModelIdentity};
 
     use super::*;

@@ -26,17 +26,13 @@ pub(super) struct RecipeArgs {
     /// Units between the layers of two_layer [default: 64]
     #[arg(long, value_name = "UNITS")]
     pub hidden: Option<usize>,
-    /// Attention heads over the same tokens, 1 to 16 [default: 8]
+    /// Attention heads over the same tokens, 1 to 8 [default: 8]
     #[arg(long, value_name = "HEADS")]
     pub attention_heads: Option<usize>,
     /// Steps in which attention's learning rate rises, before it falls to 0 [default: 50]
     #[arg(long, value_name = "STEPS")]
     pub warm_up: Option<usize>,
-    /// Most tokens of a request that attention learns from, its first and its last [default: all]
-    #[arg(long, value_name = "TOKENS")]
-    pub most_tokens: Option<usize>,
-    /// Share of a request's tokens that a step of attention does not see, drawn anew each time
-    /// [default: 0.3]
+    /// Share of a request's tokens that a step of attention does not see [default: 0.3]
     #[arg(long, value_name = "SHARE")]
     pub token_dropout: Option<f64>,
     /// Times that two_layer and attention see every row [default: 20 and 6]
@@ -96,7 +92,6 @@ impl RecipeArgs {
             attention_heads: self.attention_heads,
             warm_up: self.warm_up,
             token_dropout: self.token_dropout,
-            most_tokens: self.most_tokens,
             epochs: self.epochs,
             batch: self.batch,
             learning_rate: self.learning_rate,

@@ -390,7 +390,7 @@ impl StepLoop {
                     let outputs = scores.of_row(row).unwrap_or_default();
                     outputs
                         .into_iter()
-                        .map(|output| output.unwrap_or_else(|_| failed()))
+                        .map(|output| output.unwrap_or(FAILED))
                         .collect()
                 })
                 .collect();
@@ -471,9 +471,7 @@ impl StepLoop {
 }
 
 /// Stands for a probe that gave no number; the policy takes it as the failure it is.
-fn failed() -> TokenOutput {
-    TokenOutput::logit(f32::NAN)
-}
+const FAILED: TokenOutput = TokenOutput::logit(f32::NAN);
 
 /// Takes the longest cached prefix, without the last prompt token: that one runs again.
 fn use_cache(sequence: &mut Sequence, blocks: &BlockPool) {

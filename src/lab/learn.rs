@@ -5,8 +5,8 @@
 use std::fmt::Write as _;
 
 use inwit_probes::fit::{
-    AttentionData, AttentionParams, ClassWeight, FitData, LogisticParams, fit_attention,
-    fit_difference_of_means, fit_lda, fit_logistic,
+    AttentionData, AttentionParams, ClassWeight, FitData, LogisticParams, TokenStates,
+    fit_attention, fit_difference_of_means, fit_lda, fit_logistic,
 };
 use inwit_probes::{Gather, Head, InputNorm, Kind, NormKind, Positions, Site, TwoLayer};
 use ndarray::Array2;
@@ -42,9 +42,7 @@ pub struct Recipe {
     pub attention_heads: Option<usize>,
     /// Steps in which attention's learning rate rises.
     pub warm_up: Option<usize>,
-    /// The most tokens of a request that attention learns from: its first and its last.
-    pub most_tokens: Option<usize>,
-    /// Share of a request's tokens that a step of attention does not see.
+    /// Share of tokens that a step of attention does not see.
     pub token_dropout: Option<f64>,
     pub epochs: Option<usize>,
     /// Rows or requests per step.
@@ -89,7 +87,6 @@ impl Recipe {
             attention_heads: None,
             warm_up: None,
             token_dropout: None,
-            most_tokens: None,
             epochs: None,
             batch: None,
             learning_rate: None,
@@ -122,11 +119,6 @@ impl Recipe {
                 self.kind == Kind::Attention,
             ),
             (
-                "most_tokens",
-                self.most_tokens.is_some(),
-                self.kind == Kind::Attention,
-            ),
-            (
                 "token_dropout",
                 self.token_dropout.is_some(),
                 self.kind == Kind::Attention,
@@ -148,9 +140,6 @@ impl Recipe {
                 "held_out",
                 "must lie strictly between 0 and 1",
             ));
-        }
-        if self.most_tokens == Some(0) {
-            return Err(Error::invalid("most_tokens", "must be above 0"));
         }
         if self.kind == Kind::Attention && self.alphas.len() > 1 {
             let message = "takes one value for attention; only logistic chooses among several";
@@ -200,9 +189,6 @@ impl Recipe {
                 let params = self.attention();
                 add("attention heads", params.heads.to_string());
                 add("warm-up", params.warm_up.to_string());
-                if let Some(most) = self.most_tokens {
-                    add("most tokens", most.to_string());
-                }
                 add("token dropout", params.token_dropout.to_string());
                 add("epochs", params.epochs.to_string());
                 add("batch", params.batch.to_string());
@@ -269,7 +255,16 @@ pub fn learn(recipe: &Recipe, sites: &[Site], readings: &Readings<'_>) -> Result
     let mut learnt = Learnt::default();
     let joint = match recipe.kind {
         Kind::Attention => {
-            let data = readings.requests(sites, recipe.most_tokens)?;
+            let states = readings.requests(sites)?;
+            let examples = readings.examples.iter();
+            let (y, group): (Vec<bool>, Vec<String>) = examples
+                .map(|example| (example.positive, example.group.clone()))
+                .unzip();
+            let data = AttentionData {
+                states: &states,
+                y: &y,
+                group: &group,
+            };
             let fit = fit_attention(data, site, &recipe.attention()).map_err(unfit)?;
             let last = fit.losses.last().copied().unwrap_or_default();
             learnt.metrics.push(("loss_of_last_epoch", f64::from(last)));
@@ -368,28 +363,48 @@ impl Readings<'_> {
         Ok(FitData { x, y, group })
     }
 
-    fn requests(&self, sites: &[Site], most_tokens: Option<usize>) -> Result<AttentionData> {
-        let width = self.d_model * sites.len();
-        let request = |example: &Example| {
-            let mut states = self.side_by_side(example, sites)?;
-            if let Some(most) = most_tokens {
-                shorten(&mut states, width, most);
-            }
-            Array2::from_shape_vec((states.len() / width, width), states).map_err(Error::internal)
+    fn requests(&self, sites: &[Site]) -> Result<Requests<'_>> {
+        let of_sites = |example| {
+            let values = sites.iter().map(|site| self.values(example, *site));
+            values.map(|values| Ok(values?.as_slice())).collect()
         };
-        Ok(AttentionData {
-            x: self.examples.iter().map(request).collect::<Result<_>>()?,
-            y: self
-                .examples
-                .iter()
-                .map(|example| example.positive)
-                .collect(),
-            group: self
-                .examples
-                .iter()
-                .map(|example| example.group.clone())
-                .collect(),
+        Ok(Requests {
+            d_model: self.d_model,
+            states: self.examples.iter().map(of_sites).collect::<Result<_>>()?,
         })
+    }
+}
+
+/// The states of every example at some sites, where they lie: tokens are put together from their
+/// sites as a fit reads them.
+struct Requests<'a> {
+    d_model: usize,
+    /// Per example and site, `[tokens, d_model]`.
+    states: Vec<Vec<&'a [f32]>>,
+}
+
+impl TokenStates for Requests<'_> {
+    fn requests(&self) -> usize {
+        self.states.len()
+    }
+
+    fn width(&self) -> usize {
+        self.d_model * self.states.first().map_or(0, Vec::len)
+    }
+
+    fn tokens(&self, request: usize) -> usize {
+        self.states[request]
+            .first()
+            .map_or(0, |values| values.len() / self.d_model)
+    }
+
+    fn read(&self, request: usize, into: &mut Vec<f32>) {
+        for token in 0..self.tokens(request) {
+            let place = token * self.d_model..(token + 1) * self.d_model;
+            for values in &self.states[request] {
+                into.extend_from_slice(&values[place.clone()]);
+            }
+        }
     }
 }
 
@@ -432,15 +447,6 @@ fn mean(states: &[f32], width: usize) -> Vec<f32> {
         (sum / rows) as f32
     };
     (0..width).map(column).collect()
-}
-
-/// Keeps the first and the last rows, `most` in all: the middle of a long request goes.
-fn shorten(states: &mut Vec<f32>, width: usize, most: usize) {
-    let rows = states.len() / width;
-    if rows > most {
-        let first = most / 2;
-        states.drain(first * width..(rows - (most - first)) * width);
-    }
 }
 
 /// At most `most` rows, evenly spread, the last one among them.
@@ -632,19 +638,6 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_long_request_loses_its_middle() {
-        let short = |rows: usize, most: usize| {
-            let mut states: Vec<f32> = (0..rows * 2).map(|i| (i / 2) as f32).collect();
-            shorten(&mut states, 2, most);
-            states.into_iter().step_by(2).collect::<Vec<_>>()
-        };
-        assert_eq!(short(6, 4), [0.0, 1.0, 4.0, 5.0]);
-        assert_eq!(short(6, 3), [0.0, 4.0, 5.0]);
-        assert_eq!(short(6, 1), [5.0]);
-        assert_eq!(short(3, 4), [0.0, 1.0, 2.0]);
-    }
-
-    #[test]
     fn a_setting_that_the_kind_lacks_is_refused_by_name() {
         let check = |kind, change: fn(&mut Recipe), field: &str| {
             let mut bad = Recipe::new(kind, Gather::Last, 0);
@@ -657,7 +650,6 @@ pub(super) mod tests {
         check(Kind::Attention, |r| r.hidden = Some(4), "hidden");
         check(Kind::Logistic, |r| r.epochs = Some(4), "epochs");
         check(Kind::Attention, |r| r.alphas = vec![1.0, 2.0], "alpha");
-        check(Kind::Attention, |r| r.most_tokens = Some(0), "most_tokens");
         check(Kind::Lda, |r| r.held_out = 1.0, "held_out");
         assert!(Recipe::new(Kind::TwoLayer, Gather::Last, 0).check().is_ok());
     }

@@ -1,8 +1,9 @@
 //! What a decision was made from, and the same decision made again from it.
 //! Plain data for the journal; the engine fills it in, times included. Knows no clock and no disk.
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
+use inwit_probes::gather::MAX_ATTENTION_HEADS;
 use inwit_probes::{AttentionHeads, TokenOutput};
 
 use super::{Action, Decision, Mode, Policy, PolicyState, Reading};
@@ -109,25 +110,8 @@ pub enum DecisionStep {
 
 /// One probe's output for one token, exactly: a failure must fail again.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LoggedOutput {
-    #[serde(with = "exact")]
-    pub logit: f32,
-    #[serde(
-        default,
-        with = "exact_option",
-        skip_serializing_if = "Option::is_none"
-    )]
-    pub key: Option<f32>,
-    /// Of a probe with several attention heads: `[value, key]` of each. With one the value is the
-    /// logit, and `key` is there.
-    #[serde(
-        default,
-        with = "exact_heads",
-        skip_serializing_if = "AttentionHeads::is_empty"
-    )]
-    pub heads: AttentionHeads,
-}
+#[serde(try_from = "WrittenOutput", into = "WrittenOutput")]
+pub struct LoggedOutput(pub TokenOutput);
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -282,23 +266,62 @@ fn probe_order(policy: &Policy, record: &DecisionRecord) -> Result<Vec<Option<us
 }
 
 impl From<TokenOutput> for LoggedOutput {
-    fn from(TokenOutput { logit, attention }: TokenOutput) -> Self {
-        let (key, heads) = match attention.pairs() {
-            [(_, key)] => (Some(*key), AttentionHeads::default()),
-            _ => (None, attention),
-        };
-        Self { logit, key, heads }
+    fn from(output: TokenOutput) -> Self {
+        Self(output)
     }
 }
 
 impl From<LoggedOutput> for TokenOutput {
-    fn from(LoggedOutput { logit, key, heads }: LoggedOutput) -> Self {
-        match key {
-            Some(key) => Self::keyed(logit, key),
-            None => Self {
-                logit,
-                attention: heads,
-            },
+    fn from(LoggedOutput(output): LoggedOutput) -> Self {
+        output
+    }
+}
+
+/// The logit alone; with the key of the one attention head, whose value it is; or with the value
+/// and the key of each of several.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenOutput {
+    logit: Exact,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    key: Option<Exact>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    heads: Vec<[Exact; 2]>,
+}
+
+impl From<LoggedOutput> for WrittenOutput {
+    fn from(LoggedOutput(TokenOutput { logit, attention }): LoggedOutput) -> Self {
+        let written = |heads: &[(f32, f32)]| {
+            let pairs = heads.iter();
+            pairs
+                .map(|(value, key)| [(*value).into(), (*key).into()])
+                .collect()
+        };
+        let (key, heads) = match attention.pairs() {
+            [(_, key)] => (Some((*key).into()), Vec::new()),
+            heads => (None, written(heads)),
+        };
+        Self {
+            logit: logit.into(),
+            key,
+            heads,
+        }
+    }
+}
+
+impl TryFrom<WrittenOutput> for LoggedOutput {
+    type Error = String;
+
+    fn try_from(written: WrittenOutput) -> Result<Self, String> {
+        let logit = f32::from(written.logit);
+        let pairs = written.heads.into_iter();
+        let pairs = pairs.map(|[value, key]| (f32::from(value), f32::from(key)));
+        let attention = AttentionHeads::new(pairs)
+            .ok_or_else(|| format!("an output has at most {MAX_ATTENTION_HEADS} `heads`"))?;
+        match written.key {
+            None => Ok(Self(TokenOutput { logit, attention })),
+            Some(key) if attention.is_empty() => Ok(Self(TokenOutput::keyed(logit, key.into()))),
+            Some(_) => Err("an output has `key` or `heads`, not both".into()),
         }
     }
 }
@@ -343,66 +366,13 @@ impl From<Exact> for f32 {
     }
 }
 
-mod exact {
-    use super::{Deserialize, Deserializer, Exact, Serialize, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(x: &f32, serializer: S) -> Result<S::Ok, S::Error> {
-        Exact::from(*x).serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(source: D) -> Result<f32, D::Error> {
-        Exact::deserialize(source).map(f32::from)
-    }
-}
-
-mod exact_heads {
-    use serde::de::Error as _;
-
-    use super::{AttentionHeads, Deserialize, Deserializer, Exact, Serialize, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(
-        heads: &AttentionHeads,
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        let pairs = heads.pairs().iter();
-        let pairs: Vec<[Exact; 2]> = pairs
-            .map(|(value, key)| [Exact::from(*value), Exact::from(*key)])
-            .collect();
-        pairs.serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        source: D,
-    ) -> Result<AttentionHeads, D::Error> {
-        let pairs = Vec::<[Exact; 2]>::deserialize(source)?.into_iter();
-        let pairs = pairs.map(|[value, key]| (f32::from(value), f32::from(key)));
-        AttentionHeads::new(pairs).ok_or_else(|| D::Error::custom("too many attention heads"))
-    }
-}
-
-mod exact_option {
-    use super::{Deserialize, Deserializer, Exact, Serialize, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(
-        x: &Option<f32>,
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        x.map(Exact::from).serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        source: D,
-    ) -> Result<Option<f32>, D::Error> {
-        Ok(Option::<Exact>::deserialize(source)?.map(f32::from))
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use inwit_probes::Gather;
     use proptest::prelude::*;
 
     use super::super::OutOfDomain;
-    use super::super::testing::{COMPLIES, HARM, WRITING, policy};
+    use super::super::testing::{COMPLIES, CONTENT, HARM, WRITING, policy};
     use super::*;
 
     const RULES: &str = r#"
@@ -488,8 +458,14 @@ mod tests {
         };
         for call in calls {
             match &call {
-                DecisionStep::Prompt { outputs, .. } => {
-                    state.observe_prompt(policy, 0, true, true, &live(outputs));
+                DecisionStep::Prompt {
+                    position,
+                    in_content,
+                    is_last,
+                    outputs,
+                } => {
+                    let outputs = live(outputs);
+                    state.observe_prompt(policy, *position, *in_content, *is_last, &outputs);
                 }
                 DecisionStep::Generated { k, outputs, .. } => {
                     state.observe_generated(policy, *k, *k, &live(outputs));
@@ -544,6 +520,45 @@ mod tests {
         );
     }
 
+    /// A prompt whose content one probe reads with three attention heads.
+    fn an_attended_prompt() -> Vec<DecisionStep> {
+        let pair = |seed: u32| {
+            let seed = seed as f32;
+            ((seed * 1.3).sin() + 0.5, 4.0 * (seed * 0.7).cos())
+        };
+        let step = |position: u32| {
+            let heads = AttentionHeads::new((0..3).map(|head| pair(3 * position + head)));
+            let attention = heads.unwrap();
+            let logit = attention.pairs().iter().map(|(value, _)| value).sum();
+            let mut outputs = outputs(&[]);
+            outputs[CONTENT] = Some(TokenOutput { logit, attention }.into());
+            DecisionStep::Prompt {
+                position,
+                in_content: true,
+                is_last: position == 9,
+                outputs,
+            }
+        };
+        (0..10).map(step).collect()
+    }
+
+    #[test]
+    fn a_replay_gathers_several_attention_heads_to_the_same_bits() {
+        let rule = "[[rule]]\nname = \"c\"\nwhen = { detector = \"content\" }\naction = \"flag\"";
+        let mut policy = policy(rule);
+        policy.detectors[CONTENT].gather = Gather::Attention;
+        let record = recorded(&policy, an_attended_prompt());
+        assert_eq!(record.action, Action::Flag);
+        let read_back: DecisionRecord = serde_json::from_str(&json(&record)).unwrap();
+        let outcome = replay(&policy, &read_back).unwrap();
+        assert!(outcome.decisions.iter().eq(record.decisions()));
+        let Some(DecisionStep::Decided { readings, .. }) = record.steps.last() else {
+            panic!("the last step of a record is a decision");
+        };
+        assert_eq!(&outcome.readings, readings);
+        assert!(readings.iter().all(|reading| reading.logit.is_finite()));
+    }
+
     #[test]
     fn another_policy_is_replayed_over_the_same_outputs() {
         let record = recorded(&policy(RULES), a_rewound_request());
@@ -596,27 +611,55 @@ mod tests {
         );
     }
 
+    /// Equal bit for bit, any `NaN` being any other.
+    fn same(a: f32, b: f32) -> bool {
+        a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan())
+    }
+
     proptest! {
         #[test]
         fn an_output_is_written_exactly(
             logit in any::<f32>(),
-            key in any::<Option<f32>>(),
-            pairs in proptest::collection::vec(any::<(f32, f32)>(), 0..4),
+            key in any::<f32>(),
+            pairs in proptest::collection::vec(any::<(f32, f32)>(), 2..=MAX_ATTENTION_HEADS),
         ) {
-            let heads = AttentionHeads::new(pairs.clone()).unwrap();
-            let output = LoggedOutput { logit, key, heads };
-            let text = serde_json::to_string(&output).unwrap();
-            let back: LoggedOutput = serde_json::from_str(&text).unwrap();
-            let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
-            prop_assert!(same(back.logit, logit), "{} became {}", logit, back.logit);
-            match (back.key, key) {
-                (Some(a), Some(b)) => prop_assert!(same(a, b)),
-                (a, b) => prop_assert_eq!(a, b),
-            }
-            prop_assert_eq!(back.heads.pairs().len(), pairs.len());
-            for (back, (value, key)) in back.heads.pairs().iter().zip(pairs) {
-                prop_assert!(same(back.0, value) && same(back.1, key));
+            let attention = AttentionHeads::new(pairs).unwrap();
+            for output in [
+                TokenOutput::logit(logit),
+                TokenOutput::keyed(logit, key),
+                TokenOutput { logit, attention },
+            ] {
+                let text = serde_json::to_string(&LoggedOutput(output)).unwrap();
+                let LoggedOutput(back) = serde_json::from_str(&text).unwrap();
+                prop_assert!(same(back.logit, logit), "{} became {}", logit, back.logit);
+                let (back, pairs) = (back.attention.pairs(), output.attention.pairs());
+                prop_assert_eq!(back.len(), pairs.len());
+                for (back, pair) in back.iter().zip(pairs) {
+                    prop_assert!(same(back.0, pair.0) && same(back.1, pair.1));
+                }
             }
         }
+    }
+
+    #[test]
+    fn an_output_with_one_key_is_read_and_written_as_it_always_was() {
+        let text = r#"{"logit":1.5,"key":-0.25}"#;
+        let output: LoggedOutput = serde_json::from_str(text).unwrap();
+        assert_eq!(output.0, TokenOutput::keyed(1.5, -0.25));
+        assert_eq!(serde_json::to_string(&output).unwrap(), text);
+    }
+
+    #[test]
+    fn an_output_with_too_many_heads_or_two_forms_is_refused() {
+        let refused = |text: &str, reason: &str| {
+            let error = serde_json::from_str::<LoggedOutput>(text).unwrap_err();
+            assert!(error.to_string().contains(reason), "{error}");
+        };
+        let many = format!(r#"{{"logit":0.0,"heads":[{}[1,1]]}}"#, "[1,1],".repeat(8));
+        refused(&many, "at most 8");
+        refused(
+            r#"{"logit":0.0,"key":1.0,"heads":[[1,1],[1,1]]}"#,
+            "not both",
+        );
     }
 }

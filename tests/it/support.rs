@@ -430,13 +430,14 @@ impl Library {
         self.add_probe(name, Kind::Logistic, positions, gathers, vec![head])
     }
 
-    /// An attention-gathered probe over the prompt's content.
+    /// An attention-gathered probe over the prompt's content, with three attention heads.
     pub(crate) fn attention_probe(self, name: &str, site: Site, seed: u64) -> Self {
+        let out = 2 * 3;
         let head = Head {
             site,
-            weight: numbers(seed, 2 * self.ids.d_model),
-            bias: vec![0.0, 0.0],
-            out: 2,
+            weight: numbers(seed, out * self.ids.d_model),
+            bias: vec![0.0; out],
+            out,
             norm: InputNorm::None,
         };
         let content = Positions::PromptContent;

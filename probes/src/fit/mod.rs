@@ -21,7 +21,7 @@ use crate::manifest::NormKind;
 use crate::metrics::rows_by_group;
 use crate::probe::InputNorm;
 
-pub use attention::{AttentionData, AttentionFit, AttentionParams, fit_attention};
+pub use attention::{AttentionData, AttentionFit, AttentionParams, TokenStates, fit_attention};
 pub use calibrate::{isotonic, operating_point, platt};
 pub use lda::fit_lda;
 pub use logistic::{CrossValidation, LogisticFit, LogisticParams, fit_logistic};
