@@ -1,5 +1,5 @@
-//! `inwit lab`: fits the artefacts that act, refusal heads and steering vectors, and measures what
-//! a number format costs.
+//! `inwit lab`: collects hidden states, labels answers, fits the artefacts that act, refusal heads and
+//! steering vectors, and measures what a number format costs.
 
 use std::path::{Path, PathBuf};
 
@@ -29,6 +29,10 @@ const MOST_TEXT: u64 = 4 << 20;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
+    /// Keep hidden states of prompts, or of prompts and answers, in a folder; goes on with it
+    Collect(Box<super::collect::Args>),
+    /// Label answers complied, refused or incoherent by several judges, and measure the judges
+    Label(Box<super::label::Args>),
     /// Fit a low-rank refusal head on refusals written after harmful prompts
     RefusalHead(Box<HeadArgs>),
     /// Measure what a weight format and a KV type cost in quality, against f32
@@ -105,6 +109,8 @@ pub(super) struct QualityArgs {
 
 pub(super) async fn run(command: Command) -> Result<Exit> {
     match command {
+        Command::Collect(args) => super::collect::run(*args).await,
+        Command::Label(args) => super::label::run(*args).await,
         Command::Quality(args) => measure_quality(*args).await,
         Command::RefusalHead(args) => refusal_head(*args).await,
         Command::Vector(args) => steering_vector(*args).await,

@@ -4,9 +4,11 @@
 mod bench;
 mod capture;
 mod chat;
+mod collect;
 mod demo;
 mod generate;
 mod lab;
+mod label;
 mod load;
 mod open;
 mod paths;
@@ -62,7 +64,8 @@ enum Command {
     /// Fit a probe, compare sites, set thresholds, or show a probe
     #[command(subcommand)]
     Probe(probe::Command),
-    /// Fit refusal heads and steering vectors, and measure what a number format costs
+    /// Collect hidden states, label answers, fit refusal heads and steering vectors, and measure
+    /// what a number format costs
     #[command(subcommand)]
     Lab(lab::Command),
     /// Measure the engine in this process, and what monitoring adds to a step
@@ -245,6 +248,12 @@ mod tests {
             "inwit lab vector --harmful a.jsonl --benign b.jsonl \
              --site blocks.16.hook_resid_post --out v.safetensors",
         );
+        check_parses(
+            "inwit lab collect --data a.jsonl --site hook_embed --site ln_final.hook_normalized \
+             --positions last --positions generated:3 --dtype bf16 --out states",
+        );
+        check_parses("inwit lab label --data a.jsonl --out b.jsonl --judge-model m.gguf");
+        check_parses("inwit lab label --hand-labelled s.jsonl --rules-only");
         check_parses("inwit demo");
     }
 
@@ -278,6 +287,16 @@ mod tests {
         check_refused(
             "inwit probe threshold p --target-fpr 0.01 --data b --out q --in-place",
             "--in-place",
+        );
+        check_refused("inwit lab label --data a.jsonl", "--out");
+        check_refused("inwit lab label --rules-only", "--hand-labelled");
+        check_refused(
+            "inwit lab label --data a --out b --rules-only --judge-model m",
+            "--judge-model",
+        );
+        check_refused(
+            "inwit lab collect --data a --site hook_embed --out b",
+            "--positions",
         );
         check_refused("inwit fly", "fly");
     }

@@ -82,6 +82,17 @@ impl ModelArgs {
         })
     }
 
+    /// The same for another model, where one is named.
+    pub(super) fn with_model(&self, model: Option<&str>) -> Self {
+        match model {
+            None => self.clone(),
+            Some(model) => Self {
+                model: Some(model.to_owned()),
+                ..self.clone()
+            },
+        }
+    }
+
     /// The same with an engine on it, ready for offline work.
     pub(super) async fn bench(&self, mode: Option<&str>, policy: Option<&str>) -> Result<Bench> {
         let config = self.load(mode, policy)?;

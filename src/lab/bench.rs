@@ -14,6 +14,7 @@ use crate::engine::fold::Folded;
 use crate::engine::handle::Engine;
 use crate::engine::prepare::{CaptureDraft, Defaults, Draft, MonitorDraft, PromptDraft, prepare};
 use crate::engine::request::{PositionSelection, Request};
+use crate::engine::sampler::TokenLogprobs;
 use crate::error::{Error, Result};
 use crate::model::Message;
 use crate::policy::{Action, Mode};
@@ -47,6 +48,8 @@ pub struct Outcome {
     pub action: Action,
     /// One per detector, and per probe without one.
     pub scores: Vec<Score>,
+    /// Per token; only where they were asked for.
+    pub logprobs: Vec<TokenLogprobs>,
     /// Per token; only with `return_scores`.
     pub token_scores: Vec<Score>,
     pub captured: Vec<Captured>,
@@ -97,7 +100,7 @@ impl Bench {
     ) -> Result<()> {
         let total = rows.len();
         let one = |(row, request): (_, Request)| async move {
-            (row, self.one(request.clone()).await, request)
+            (row, self.answer(request.clone()).await, request)
         };
         let work = rows.iter().zip(requests);
         let mut outcomes = stream::iter(work).map(one).buffered(self.in_flight.max(1));
@@ -116,7 +119,10 @@ impl Bench {
         Ok(())
     }
 
-    async fn one(&self, request: Request) -> Result<Outcome> {
+    /// Runs one request to its end, waiting for room in the queue.
+    ///
+    /// A request that the policy or a monitor ended is an outcome.
+    pub async fn answer(&self, request: Request) -> Result<Outcome> {
         loop {
             match self.engine.submit(request.clone()) {
                 Ok(mut events) => {
@@ -230,6 +236,7 @@ impl Gathered {
             finish_reason,
             action,
             scores,
+            logprobs: self.folded.logprobs,
             token_scores: self.token_scores,
             captured: self.captured,
         })

@@ -32,7 +32,7 @@ impl Dtype {
         }
     }
 
-    fn write(self, values: &[f32], out: &mut impl Write) -> std::io::Result<()> {
+    pub(super) fn write(self, values: &[f32], out: &mut impl Write) -> std::io::Result<()> {
         match self {
             Self::F32 => values
                 .iter()
@@ -43,11 +43,20 @@ impl Dtype {
         }
     }
 
-    fn size(self) -> usize {
+    pub(super) fn size(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::Bf16 => 2,
         }
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
     }
 }
 

@@ -2,6 +2,7 @@
 //! Knows which positions a probe reads; knows no fitting.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use inwit_probes::manifest::{Positions, SystemPromptRule, TrainedOn};
@@ -219,21 +220,31 @@ fn selection(positions: Positions) -> PositionSelection {
 }
 
 /// Whether a probe at `positions` reads this position of the request.
-/// An answer that ends before token k is read at its end.
 fn reads(positions: Positions, request: &Request, position: usize) -> bool {
-    let prompt = request.prompt.tokens.len();
+    let answer = answer(request).len();
+    read_at(positions, &request.prompt.content, answer, position)
+}
+
+/// Whether a probe at `positions` reads this position of a request whose prompt ends where its
+/// content does and whose answer has so many tokens.
+/// An answer that ends before token k is read at its end.
+pub(super) fn read_at(
+    positions: Positions,
+    content: &Range<usize>,
+    answer: usize,
+    position: usize,
+) -> bool {
+    let prompt = content.end;
     match positions {
         Positions::LastPromptToken => position + 1 == prompt,
-        Positions::PromptContent => request.prompt.content.contains(&position),
+        Positions::PromptContent => content.contains(&position),
         Positions::EveryGenerated => position >= prompt,
-        Positions::Generated(k) => {
-            let answer = answer(request).len();
-            position + 1 == prompt + answer.min(k as usize)
-        }
+        Positions::Generated(k) => position + 1 == prompt + answer.min(k as usize),
     }
 }
 
-fn answer(request: &Request) -> &[u32] {
+/// The tokens of a finished answer.
+pub(super) fn answer(request: &Request) -> &[u32] {
     match &request.work {
         Work::Score { answer } => answer,
         Work::Generate => &[],

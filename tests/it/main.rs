@@ -13,6 +13,7 @@ mod hold_back;
 mod interrupt;
 mod interventions;
 mod isolation;
+mod laboratory;
 mod measuring;
 mod serving;
 mod stages;
