@@ -6,6 +6,7 @@ mod capture;
 mod chat;
 mod collect;
 mod demo;
+mod eval;
 mod generate;
 mod lab;
 mod label;
@@ -68,6 +69,9 @@ enum Command {
     /// what a number format costs
     #[command(subcommand)]
     Lab(lab::Command),
+    /// Measure probes and policies on labelled sets, beside what they must beat
+    #[command(subcommand)]
+    Eval(eval::Command),
     /// Measure the engine in this process, and what monitoring adds to a step
     Bench(Box<bench::Args>),
     /// Load a running server at a constant rate and measure what its callers see
@@ -138,6 +142,7 @@ pub fn run(cli: Cli) -> Result<Exit> {
         Command::Capture(args) => wait(capture::run(args)),
         Command::Probe(command) => probe::run(command),
         Command::Lab(command) => wait(lab::run(command)),
+        Command::Eval(command) => wait(eval::run(command)),
         Command::Bench(args) => wait(bench::run(*args)),
         Command::Load(args) => wait(load::run(args)),
         Command::Pull(args) => wait(pull::run(args)),
@@ -151,6 +156,7 @@ pub fn log_filter(cli: &Cli) -> &'static str {
         Command::Probe(probe::Command::Show { .. }) => "warn",
         Command::Serve(_) | Command::Pull(_) | Command::Probe(_) => "info",
         Command::Generate(_) | Command::Score(_) | Command::Capture(_) | Command::Lab(_) => "info",
+        Command::Eval(_) => "info",
         Command::Demo(_) => "error",
         _ => "warn",
     }
@@ -259,6 +265,14 @@ mod tests {
         check_parses("inwit lab label --data a.jsonl --out b.jsonl --judge-model m.gguf");
         check_parses("inwit lab label --hand-labelled s.jsonl --rules-only");
         check_parses("inwit demo");
+        check_parses(
+            "inwit eval probe prompt_harm --data a.jsonl b.jsonl --train t.jsonl --gather attention \
+             --json r.json --report r.html --log docs/evaluations.md",
+        );
+        check_parses(
+            "inwit eval policy default --data a.jsonl --temperature 0.7 --seeds 5 --max-tokens 64 \
+             --judge-model m.gguf --report r.html",
+        );
     }
 
     #[test]

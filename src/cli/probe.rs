@@ -130,10 +130,15 @@ fn show(file: &Path) -> Result<Exit> {
 }
 
 /// Options whose values are files and folders.
-const PATHS: [&str; 12] = [
+const PATHS: [&str; 17] = [
     "--data",
     "--dev",
     "--states",
+    "--train",
+    "--json",
+    "--report",
+    "--log",
+    "--sweep-json",
     "--out",
     "--calibration-data",
     "--canary-data",
@@ -151,10 +156,10 @@ pub(super) fn command_line() -> String {
 }
 
 /// Folders differ between machines, and tell about them: of paths the last part is kept. A model
-/// may be a path or a repository's name, so `exists` is asked.
+/// or a probe may be a path or a name, so `exists` is asked.
 fn recorded(args: impl Iterator<Item = String>, exists: impl Fn(&str) -> bool) -> String {
     let kept = |option: &str, value: &str| {
-        let is_path = PATHS.contains(&option) && (option != "--model" || exists(value));
+        let is_path = (PATHS.contains(&option) && option != "--model") || exists(value);
         match Path::new(value).file_name() {
             Some(name) if is_path => name.to_string_lossy().into_owned(),
             _ => value.to_owned(),
@@ -169,7 +174,10 @@ fn recorded(args: impl Iterator<Item = String>, exists: impl Fn(&str) -> bool) -
             }
             _ => kept(&option, &arg),
         });
-        option = arg;
+        // An option may take several values.
+        if arg.starts_with("--") {
+            option = arg;
+        }
     }
     words.join(" ")
 }
@@ -319,6 +327,10 @@ mod tests {
         check(
             "lab vector --harmful a/b --model /m/x.gguf --model=org/name --name a/b",
             "inwit lab vector --harmful b --model x.gguf --model=org/name --name a/b",
+        );
+        check(
+            "eval probe /m/p.safetensors --data a/b.jsonl c/d.jsonl --report x/r.html",
+            "inwit eval probe p.safetensors --data b.jsonl d.jsonl --report r.html",
         );
     }
 

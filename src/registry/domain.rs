@@ -18,7 +18,7 @@ pub enum PromptForm {
 
 impl PromptForm {
     /// Raw text and token ids are never in a probe's domain: nobody knows their template.
-    pub(super) fn within(&self, trained_on: &TrainedOn) -> bool {
+    pub fn within(&self, trained_on: &TrainedOn) -> bool {
         let Self::Chat {
             template_hash,
             system_prompt,

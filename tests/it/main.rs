@@ -7,6 +7,7 @@ mod bad_files;
 mod cache;
 mod connections;
 mod default_model;
+mod evaluating;
 mod failures;
 mod fitting;
 mod golden;

@@ -1,0 +1,298 @@
+//! `inwit eval`: measures a probe or a policy on labelled sets, beside what it must beat.
+
+use std::path::{Path, PathBuf};
+
+use clap::Subcommand;
+use comfy_table::{Table, presets};
+use inwit_probes::GatherChoice;
+use serde::Serialize;
+
+use super::Exit;
+use super::open::{ModelArgs, ticking};
+use super::paths;
+use super::probe::command_line;
+use super::progress::Progress;
+use super::terminal::{note, print};
+use crate::error::Result;
+use crate::lab::eval::ledger::Ledger;
+use crate::lab::eval::page::{Page, Section};
+use crate::lab::eval::probe::{Options, evaluate, find};
+use crate::lab::eval::trial::Setting;
+use crate::lab::eval::{html, layers, policy, policy_page, probe_page};
+use crate::lab::judge::{Judge, RuleJudge};
+use crate::lab::output::WholeFile;
+use crate::lab::rows;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Measure a probe on labelled sets, beside length, bag of words and SafeSwitch's recipe
+    Probe(Box<ProbeArgs>),
+    /// Measure a policy: answers with it enforced against answers with it off
+    Policy(Box<PolicyArgs>),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ProbeArgs {
+    /// A probe of the library by its name, or a probe's .safetensors file
+    #[arg(value_name = "PROBE")]
+    probe: String,
+    /// Sets with `label`: harmful or benign, or complied or refused; rows with the same `group`
+    /// are one piece of evidence
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    data: Vec<PathBuf>,
+    /// What the baselines learn from; without it there are none
+    #[arg(long, value_name = "FILE")]
+    train: Option<PathBuf>,
+    /// How token logits become the request's [default: the probe's first calibration]
+    #[arg(long, value_name = "GATHER")]
+    gather: Option<GatherChoice>,
+    /// Of the bootstrap
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// How often SafeSwitch's recipe is fitted, with seeds from 0
+    #[arg(long, value_name = "NUMBER", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=100))]
+    seeds: u64,
+    /// The sweep.json of `inwit probe sweep`, for the layer curve
+    #[arg(long, value_name = "FILE")]
+    sweep_json: Option<PathBuf>,
+    #[command(flatten)]
+    outputs: Outputs,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct PolicyArgs {
+    /// A policy of the library by its name, or a .toml file
+    #[arg(value_name = "POLICY")]
+    policy: String,
+    /// Prompts with `label`: harmful or benign
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    data: Vec<PathBuf>,
+    /// Longest answer
+    #[arg(long, value_name = "TOKENS", default_value_t = 128)]
+    max_tokens: u32,
+    /// Of the sampled answers, which stand beside greedy ones
+    #[arg(long, value_name = "TEMPERATURE", default_value_t = 0.7)]
+    temperature: f32,
+    /// How often each row is sampled, with seeds from 0; 0 for greedy answers only
+    #[arg(long, value_name = "NUMBER", default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=100))]
+    seeds: u64,
+    /// Of the bootstrap
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// The model that judges beside the rules: a file, a folder or a known name
+    /// [default: the one of --model]
+    #[arg(long, value_name = "MODEL")]
+    judge_model: Option<String>,
+    /// Judge by the rules alone
+    #[arg(long, conflicts_with = "judge_model")]
+    rules_only: bool,
+    #[command(flatten)]
+    outputs: Outputs,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+#[derive(Debug, clap::Args)]
+struct Outputs {
+    /// Where to write everything that was measured
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Where to write the report as one page
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+    /// The file that remembers every run on a set, e.g. docs/evaluations.md; one line is appended
+    /// for each set
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// What the report says was measured [default: what git says of the working directory]
+    #[arg(long, value_name = "COMMIT")]
+    commit: Option<String>,
+}
+
+/// Files that are there to be written before any work begins.
+struct Opened {
+    files: Files,
+    ledger: Option<Ledger>,
+}
+
+struct Files {
+    json: Option<WholeFile>,
+    report: Option<WholeFile>,
+}
+
+impl Outputs {
+    fn open(&self, data: &[&Path]) -> Result<Opened> {
+        // Mistakes in the data are told whether or not anything is written.
+        for path in data {
+            rows::read(path)?;
+        }
+        let writable = |out: &Option<PathBuf>| {
+            let out = out.as_deref();
+            out.map(|out| paths::open(out, data)).transpose()
+        };
+        Ok(Opened {
+            files: Files {
+                json: writable(&self.json)?,
+                report: writable(&self.report)?,
+            },
+            ledger: self.log.as_deref().map(Ledger::open).transpose()?,
+        })
+    }
+}
+
+pub(super) async fn run(command: Command) -> Result<Exit> {
+    match command {
+        Command::Probe(args) => probe(*args).await,
+        Command::Policy(args) => policy(*args).await,
+    }
+}
+
+async fn probe(args: ProbeArgs) -> Result<Exit> {
+    let data: Vec<&Path> = args
+        .data
+        .iter()
+        .chain(&args.train)
+        .map(PathBuf::as_path)
+        .collect();
+    let opened = args.outputs.open(&data)?;
+    let sweep = args.sweep_json.as_deref().map(layers::read).transpose()?;
+    let bench = args.model.bench(Some("off"), Some("off")).await?;
+    let subject = find(&bench, &args.probe)?;
+    let options = Options {
+        gather: args.gather,
+        data: args.data,
+        train: args.train,
+        seed: args.seed,
+        seeds: (0..args.seeds).collect(),
+        sweep,
+        command: command_line(),
+        commit: args.outputs.commit,
+    };
+    let mut progress = Progress::new("prompts");
+    let mut tick = ticking(&mut progress);
+    let report = evaluate(&bench, &subject, &options, opened.ledger, &mut tick).await?;
+    drop(tick);
+    drop(progress);
+    opened.files.write(&report, &probe_page::page(&report))?;
+    Ok(Exit::Done)
+}
+
+async fn policy(args: PolicyArgs) -> Result<Exit> {
+    let data: Vec<&Path> = args.data.iter().map(PathBuf::as_path).collect();
+    let opened = args.outputs.open(&data)?;
+    let bench = args
+        .model
+        .bench(Some("enforce"), Some(&args.policy))
+        .await?;
+    let mut judges: Vec<Box<dyn Judge>> = vec![Box::new(RuleJudge)];
+    if !args.rules_only {
+        judges.push(Box::new(
+            args.model.judge(args.judge_model.as_deref()).await?,
+        ));
+    }
+    let mut settings = vec![Setting {
+        name: "greedy".into(),
+        temperature: None,
+        seeds: vec![0],
+    }];
+    if args.seeds > 0 {
+        settings.push(Setting {
+            name: format!("temperature {}", args.temperature),
+            temperature: Some(args.temperature),
+            seeds: (0..args.seeds).collect(),
+        });
+    }
+    let options = policy::Options {
+        data: args.data,
+        settings,
+        max_tokens: Some(args.max_tokens),
+        seed: args.seed,
+        command: command_line(),
+        commit: args.outputs.commit,
+    };
+    let mut progress = Progress::new("answers");
+    let mut tick = ticking(&mut progress);
+    let report = policy::evaluate(&bench, &judges, &options, opened.ledger, &mut tick).await?;
+    drop(tick);
+    drop(progress);
+    opened.files.write(&report, &policy_page::page(&report))?;
+    Ok(Exit::Done)
+}
+
+impl Files {
+    /// Shows the page and writes what was asked for.
+    fn write(self, report: &impl Serialize, page: &Page) -> Result<()> {
+        print(&shown(page))?;
+        if let Some(mut file) = self.json {
+            file.row(report)?;
+            file.finish()?;
+        }
+        if let Some(mut file) = self.report {
+            file.bytes(html::render(page)?.as_bytes())?;
+            file.finish()?;
+            note("the report is written: open it in a browser");
+        }
+        Ok(())
+    }
+}
+
+/// The page for a terminal: its tables, remarks and claims.
+fn shown(page: &Page) -> String {
+    let sections = page
+        .sections
+        .iter()
+        .filter(|section| !section.tables.is_empty());
+    let sections: Vec<String> = sections.map(shown_section).collect();
+    format!("{}\n\n{}\n", page.lead, sections.join("\n\n"))
+}
+
+fn shown_section(section: &Section) -> String {
+    let mut parts = vec![section.title.clone()];
+    parts.extend(section.remarks.iter().map(|remark| format!("! {remark}")));
+    for table in &section.tables {
+        let mut shown = Table::new();
+        shown.load_style(presets::NOTHING).set_header(&table.head);
+        for row in &table.rows {
+            shown.add_row(row);
+        }
+        parts.push(shown.trim_fmt());
+    }
+    parts.extend(section.claims.iter().map(|claim| format!("- {claim}")));
+    parts.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::eval::page::Table as PageTable;
+
+    #[test]
+    fn a_terminal_shows_tables_remarks_and_claims() {
+        let mut table = PageTable::new("caption", &["set", "AUROC"]);
+        table.rows.push(vec!["dev.jsonl".into(), "0.9".into()]);
+        let page = Page {
+            title: "Probe p".into(),
+            lead: "A probe.".into(),
+            sections: vec![
+                Section {
+                    title: "Overview".into(),
+                    remarks: vec!["Careful.".into()],
+                    tables: vec![table],
+                    claims: vec!["AUROC: no claim".into()],
+                    ..Section::default()
+                },
+                Section {
+                    title: "Configuration".into(),
+                    ..Section::default()
+                },
+            ],
+        };
+        let text = shown(&page);
+        for part in ["A probe.", "! Careful.", "dev.jsonl", "- AUROC: no claim"] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert!(!text.contains("Configuration"), "{text}");
+    }
+}
