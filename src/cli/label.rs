@@ -152,7 +152,7 @@ impl ModelArgs {
             (Error::Config(message), Some(_)) => Error::Config(format!("--judge-model: {message}")),
             (error, _) => error,
         })?;
-        let name = bench.engine.info().name.clone();
+        let name = crate::lab::fit::identity(&bench).name;
         crate::lab::judge::ModelJudge::new(name, bench)
     }
 }
