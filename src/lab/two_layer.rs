@@ -4,7 +4,7 @@
 //! The authors apply softmax before a cross-entropy that applies it again, which flattens the
 //! scores; here it is applied once.
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use candle_nn::loss::cross_entropy;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use inwit_probes::fit::{ClassWeight, FitData};
@@ -117,11 +117,12 @@ fn check(params: &Params) -> Result<()> {
     Ok(())
 }
 
+/// Inputs come first, so that gradients have the layout of what they change.
 struct Layers {
-    /// `[hidden, width]`
+    /// `[width, hidden]`
     w1: Var,
     b1: Var,
-    /// `[CLASSES, hidden]`
+    /// `[hidden, CLASSES]`
     w2: Var,
     b2: Var,
 }
@@ -138,9 +139,9 @@ impl Layers {
             Ok(Var::from_tensor(&values)?)
         };
         Ok(Self {
-            w1: drawn(hidden, width, width)?,
+            w1: drawn(width, hidden, width)?,
             b1: drawn(1, hidden, width)?,
-            w2: drawn(CLASSES, hidden, hidden)?,
+            w2: drawn(hidden, CLASSES, hidden)?,
             b2: drawn(1, CLASSES, hidden)?,
         })
     }
@@ -153,14 +154,13 @@ impl Layers {
 
     /// `[rows, width]` to `[rows, CLASSES]`
     fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        let hidden = x.matmul(&self.w1.t()?)?.broadcast_add(&self.b1)?.relu()?;
-        Ok(hidden.matmul(&self.w2.t()?)?.broadcast_add(&self.b2)?)
+        let hidden = x.matmul(&self.w1)?.broadcast_add(&self.b1)?.relu()?;
+        Ok(hidden.matmul(&self.w2)?.broadcast_add(&self.b2)?)
     }
 
     fn fitted(&self, site: Site, norm: InputNorm, losses: Vec<f32>) -> Result<Fitted> {
-        let values = |var: &Var| -> Result<Vec<f32>> {
-            Ok(var.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
-        };
+        // A file's rows are outputs.
+        let values = |var: &Var| -> Result<Vec<f32>> { Ok(var.t()?.flatten_all()?.to_vec1()?) };
         let bias = values(&self.b1)?;
         Ok(Fitted {
             head: Head {
