@@ -34,9 +34,10 @@ SETTINGS = [
     {"n_ubatch": n_ubatch, "flash_attn": flash_attn, "kv_unified": kv_unified}
     for n_ubatch, flash_attn, kv_unified in itertools.product((128, 512), (False, True), (False, True))
 ]
-# For --cmake-args: a native build without AMX.
-NO_AMX = "-DGGML_NATIVE=ON" + "".join(
-    f" -DCMAKE_{language}_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'" for language in ("C", "CXX")
+# For --cmake-args: everything that a processor with AVX-512 has, but AMX. A native build would add
+# its own flags after ours.
+NO_AMX = "-DGGML_NATIVE=OFF" + "".join(
+    f" -DGGML_{name}=ON" for name in ("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16", "AVX_VNNI")
 )
 PACKAGES = {"llama": ["llama-cpp-python", "numpy"], "mistral": ["mistralrs"]}
 
@@ -73,7 +74,7 @@ def arguments():
     parser.add_argument(
         "--cmake-args",
         default="-DGGML_NATIVE=ON",
-        help="how llama.cpp is built; `no-amx` is a native build without AMX, whose kernels crash on some virtual machines",
+        help="how llama.cpp is built; `no-amx` takes AVX-512 without AMX, whose kernels crash on some virtual machines",
     )
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/inwit-peers")
     parser.add_argument("--out", type=Path, help="the table, in Markdown")

@@ -116,7 +116,7 @@ pub struct Flags {
     #[arg(long, value_name = "FORMAT")]
     pub weights: Option<String>,
 
-    /// How to hold keys and values: `f32` or `bf16` (half the memory) [default: f32]
+    /// How to hold keys and values: `auto`, `f32` or `bf16` (half the memory) [default: auto]
     #[arg(long, value_name = "TYPE")]
     pub kv: Option<String>,
 

@@ -3,35 +3,30 @@
 
     python3 probes/library/make.py --inwit target/release/inwit --data-dir FOLDER --work FOLDER
 
-FOLDER of --data-dir holds train.jsonl: benchmark prompts, which stay out of this repository (see
-../data/README.md). What is made lands in smollm2-135m-instruct/ beside this file; what was made on
-the way (prompts, answers, labels) stays in --work. All of it takes about half an hour on two cores.
-Every choice here is made on training rows; no test file is read.
+FOLDER of --data-dir holds train.jsonl and calibration_benign.jsonl: benchmark prompts, which stay out
+of this repository (see ../data/README.md). What is made lands in smollm2-135m-instruct/ beside this
+file; what was made on the way (prompts, states, answers, labels) stays in --work, and a run that was
+interrupted goes on with it. All of it takes about half an hour on two cores.
+Every choice here was made on training rows and on ../data/dev_*; no test file is read.
 """
 
 import argparse
+import hashlib
 import json
-import os
 import random
-import re
 import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
 OUT = HERE / "smollm2-135m-instruct"
-# A little past the middle of thirty layers. It was not swept: that is the laboratory's work.
+# A little past the middle of thirty layers: the plateau of the layer sweep is 14 to 19.
 SITE = "blocks.17.hook_resid_post"
+PAIR = ["blocks.14.hook_resid_post", "blocks.18.hook_resid_post"]
+PROMPTS = "contrast contrast_more harmful_general benign_general benign_alarming tense indirect".split()
+ANSWERED = "contrast harmful_general benign_general".split()
+LABELS = ("harmful", "benign")
 STEER_SITE = "blocks.14.hook_resid_post"
-
-# How this model's answers sound when it declines.
-REFUSES = re.compile(
-    r"(i('m| am)( really| very)? (so )?sorry|i'm afraid|i can('t|not)\b|i can ?not"
-    r"|i (am|'m) (unable|not able)|unable to (assist|help|provide)|i (won't|will not)\b"
-    r"|can't (assist|help|provide|fulfill)|do not condone|strongly advise)",
-    re.IGNORECASE,
-)
-
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -45,112 +40,139 @@ def main():
         (OUT / folder).mkdir(parents=True, exist_ok=True)
 
     def inwit(*words):
-        # In f32, so that the files are the same on machines whose kernels round otherwise; not as a
-        # flag, which the records would hold.
-        exact = {**os.environ, "INWIT_WEIGHTS": "f32"}
-        subprocess.run([arguments.inwit, *map(str, words), "--max-running", "32"], check=True, env=exact)
+        subprocess.run([arguments.inwit, *map(str, words), "--max-running", "32"], check=True)
 
-    own = [row for name in ("contrast", "harmful_general", "benign_general") for row in read(DATA / f"{name}.jsonl")]
-    write(work / "own.jsonl", own)
-    write(work / "prompt_fit.jsonl", prompt_rows(own, read(arguments.data_dir / "train.jsonl")))
-    inwit("probe", "fit", "--data", work / "prompt_fit.jsonl", "--canary-data", work / "own.jsonl",
-          "--site", SITE, "--positions", "prompt_content", "--gather", "attention", "--kind", "attention",
+    own = [row for name in PROMPTS for row in read(DATA / f"{name}.jsonl")]
+    benign, thresholds = calibration_rows(read(arguments.data_dir / "calibration_benign.jsonl"))
+    canaries = random.Random(2).sample([row for row in own if len(row["text"]) < 200], 300)
+    write(work / "canaries.jsonl", canaries)
+    write(work / "prompt_fit.jsonl", prompt_rows(own, read(arguments.data_dir / "train.jsonl"), benign))
+    write(work / "prompt_thresholds.jsonl", thresholds)
+    sites = [word for site in PAIR for word in ("--site", site)]
+    for name in ("prompt_fit", "prompt_thresholds"):
+        inwit("lab", "collect", "--data", work / f"{name}.jsonl", *sites, "--positions", "prompt_content",
+              "--dtype", "bf16", "--out", work / f"{name}.states")
+    inwit("probe", "fit", "--data", work / "prompt_fit.jsonl", "--canary-data", work / "canaries.jsonl",
+          "--calibration-data", work / "prompt_thresholds.jsonl",
+          "--states", work / "prompt_fit.states", work / "prompt_thresholds.states",
+          *sites, "--positions", "prompt_content", "--kind", "attention", "--held-out", 0.1,
           "--name", "prompt_harm", "--out", OUT / "probes/prompt_harm.safetensors")
 
-    inwit("generate", "--data", work / "own.jsonl", "--out", work / "answers_greedy.jsonl",
-          "--mode", "off", "--max-tokens", 40)
-    answer_rows(work, {row["id"]: row for row in own}, read(work / "answers_greedy.jsonl"))
+    asked = [row for name in ANSWERED for row in read(DATA / f"{name}.jsonl")]
+    write(work / "asked.jsonl", asked)
+    answered = []
+    for name, more in (("greedy", []), ("sampled", ["--temperature", 0.8, "--seed", 1])):
+        inwit("generate", "--data", work / "asked.jsonl", "--out", work / f"answers_{name}.jsonl",
+              "--mode", "off", "--max-tokens", 40, *more)
+        answered += with_prompts(read(work / f"answers_{name}.jsonl"), asked, name)
+    write(work / "answered.jsonl", answered)
+    inwit("lab", "label", "--data", work / "answered.jsonl", "--out", work / "labelled.jsonl", "--rules-only")
+    answer_rows(work, asked, read(work / "labelled.jsonl"))
     inwit("probe", "fit", "--data", work / "compliance_fit.jsonl", "--canary-data", work / "compliance_fit.jsonl",
           "--site", SITE, "--positions", "generated:3", "--alpha", 0.01,
           "--name", "compliance", "--out", OUT / "probes/compliance.safetensors")
+    inwit("probe", "fit", "--data", work / "response_fit.jsonl", "--canary-data", work / "response_fit.jsonl",
+          *sites, "--positions", "every_generated", "--gather", "max", "--gather", "mean",
+          "--gather", "ema{0.2}", "--alpha", 0.01,
+          "--name", "response_harm", "--out", OUT / "probes/response_harm.safetensors")
     # States inside the first words of a refusal against states inside the first words of an answer.
     inwit("lab", "vector", "--harmful", work / "caa_refuse.jsonl", "--benign", work / "caa_comply.jsonl",
           "--site", STEER_SITE, "--name", "refusal", "--out", OUT / "vectors/refusal.safetensors")
     inwit("lab", "refusal-head", "--harmful", work / "head_harmful.jsonl", "--refusals", DATA / "refusals.jsonl",
           "--benign", work / "head_benign.jsonl", "--rank", 16, "--epochs", 4,
           "--name", "refusal", "--out", OUT / "heads/refusal.safetensors")
-    inwit("probe", "fit", "--data", work / "response_fit.jsonl", "--canary-data", work / "response_fit.jsonl",
-          "--site", SITE, "--positions", "every_generated", "--gather", "ema{0.2}", "--gather", "mean",
-          "--gather", "max", "--alpha", 0.01,
-          "--name", "response_harm", "--out", OUT / "probes/response_harm.safetensors")
 
 
-def prompt_rows(own, train):
-    """Our prompts, some of them and of the benchmark's inside our wrappers, and a part of the benchmark's."""
+def part(row):
+    """A number from 0 to 99 that the rows of one group share."""
+    group = str(row.get("group", row["id"]))
+    return int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) % 100
+
+
+def calibration_rows(rows):
+    """Benign questions to learn from, and those that set thresholds: no group is in both."""
+    learnt = [row for row in rows if part(row) < 11]
+    thresholds = [row for row in rows if part(row) >= 11]
+    return learnt, thresholds + read(DATA / "calibration_own.jsonl")
+
+
+def prompt_rows(own, train, benign):
+    """Our prompts, a part of the benchmark's, benign questions, and some of both inside our wrappers."""
     chance = random.Random(0)
-    wrappers = read(DATA / "wrappers.jsonl")
-    short = [row for row in own if len(row["text"]) < 300]
-    harmful = [row for row in short if row["label"] == "harmful"]
-    benign = [row for row in short if row["label"] == "benign"]
-    chance.shuffle(harmful)
-    chance.shuffle(benign)
-
-    def wrap(row, wrapper, name):
-        text = wrapper["text"].replace("{request}", row["text"])
-        return {"id": name, "text": text, "label": row["label"], "group": row["group"]}
-
+    frames = {name: read(DATA / f"{name}.jsonl") for name in ("wrappers", "wrappers_more", "wrappers_long")}
+    chosen = {label: chance.sample([row for row in train if row["label"] == label], 1_200) for label in LABELS}
     wrapped = []
-    for i in range(420):
-        for row in (harmful[i % len(harmful)], benign[i % len(benign)]):
-            wrapper = wrappers[i % len(wrappers)]
-            wrapped.append(wrap(row, wrapper, f"{row['id']}@{wrapper['id']}"))
-    harmful = [row for row in train if row["label"] == "harmful"]
-    benign = [row for row in train if row["label"] == "benign"]
-    for i in range(400):
-        for row in (chance.choice(harmful), chance.choice(benign)):
-            wrapper = chance.choice(wrappers)
-            wrapped.append(wrap(row, wrapper, f"{row['id']}@{wrapper['id']}@{i}"))
 
-    unique = {}
-    for row in train + own + wrapped:
-        unique.setdefault(row["id"], {key: row[key] for key in ("id", "text", "label", "group") if key in row})
-    mine = {row["id"] for row in own}
-    ours = [row for row in unique.values() if row["id"] in mine]
-    inside = [row for row in unique.values() if "@" in row["id"]]
-    theirs = [row for row in unique.values() if row["id"] not in mine and "@" not in row["id"]]
-    chance = random.Random(1)
-    chance.shuffle(inside)
-    chance.shuffle(theirs)
-    rows = ours + inside[:330] + theirs[:600]
+    def wrap(row, wrapper):
+        text = wrapper["text"].replace("{request}", row["text"])
+        wrapped.append({"id": f"{row['id']}@{wrapper['id']}@{len(wrapped)}", "text": text,
+                        "label": row["label"], "group": row.get("group", row["id"])})
+
+    pairs = {}
+    for row in own:
+        pairs.setdefault(row["group"], []).append(row)
+    pairs = [rows for rows in pairs.values() if {row["label"] for row in rows} == set(LABELS)]
+    short = {label: [row for row in own if row["label"] == label and len(row["text"]) < 300] for label in LABELS}
+    for wrappers in frames.values():
+        for rows in chance.sample(pairs, 150):
+            wrapper = chance.choice(wrappers)
+            for row in rows:
+                wrap(row, wrapper)
+        for label in LABELS:
+            for row in chance.sample(short[label], 90) + chance.sample(chosen[label], 90):
+                wrap(row, chance.choice(wrappers))
+    rows = own + chosen["harmful"] + chosen["benign"] + benign + wrapped
+    rows = [{key: row[key] for key in ("id", "text", "label", "group") if key in row} for row in rows]
     chance.shuffle(rows)
     return rows
 
 
-def answer_rows(work, own, answers):
-    """The model's own answers and our refusals, labelled by whether they decline."""
+def with_prompts(answers, asked, how):
+    """Rows of a prompt with its answer, as the judges read them."""
+    prompts = {row["id"]: row for row in asked}
+    rows = []
+    for answer in answers:
+        prompt = prompts[answer["id"]]
+        if len(answer["text"].split()) >= 6:
+            rows.append({"id": f"{answer['id']}-{how}", "text": prompt["text"], "answer": answer["text"].strip(),
+                         "label": prompt["label"], "category": prompt["category"], "group": prompt["group"]})
+    return rows
+
+
+def answer_rows(work, asked, answers):
+    """The model's own answers, greedy and sampled, and our refusals, labelled by whether they decline."""
     chance = random.Random(5)
     by_category = {}
     for refusal in read(DATA / "refusals.jsonl"):
         by_category.setdefault(refusal["category"], []).append(refusal["text"])
-    harmful = [row for row in own.values() if row["label"] == "harmful"]
-    compliance, response = [], []
+    harmful = [row for row in asked if row["label"] == "harmful"]
+    compliance, response, plain = [], [], []
     for answer in answers:
-        prompt, text = own[answer["id"]], answer["text"].strip()
-        if len(text.split()) < 6:
+        if answer["label"] not in ("complied", "refused"):
             continue
-        refuses = bool(REFUSES.search(text[:120]))
-        row = {"id": answer["id"], "text": prompt["text"]}
-        group = {"group": prompt["group"]}
-        start = " ".join(text.split()[:10])
-        compliance.append({**row, "answer": start, "label": "refused" if refuses else "complied", **group})
-        harms = prompt["label"] == "harmful" and not refuses
-        response.append({**row, "answer": text, "label": "harmful" if harms else "benign", **group})
+        row = {key: answer[key] for key in ("id", "text", "group")}
+        begun = " ".join(answer["answer"].split()[:10])
+        asked_harm = answer["prompt_label"] == "harmful"
+        compliance.append({**row, "answer": begun, "label": answer["label"], "asked_harm": asked_harm})
+        harms = asked_harm and answer["label"] == "complied"
+        response.append({**row, "answer": answer["answer"], "label": "harmful" if harms else "benign"})
+        if not asked_harm and answer["label"] == "complied" and answer["id"].endswith("-greedy"):
+            plain.append({**row, "answer": answer["answer"], "label": "benign"})
     chance.shuffle(harmful)
     for i, prompt in enumerate(harmful[:420]):
         text = chance.choice(by_category.get(prompt["category"], []) + by_category["generic"][:6])
-        row = {"id": prompt["id"] + "-refused", "text": prompt["text"]}
-        group = {"group": prompt["group"]}
-        start = " ".join(text.split()[:10])
-        compliance.append({**row, "answer": start, "label": "refused", **group})
+        row = {"id": prompt["id"] + "-refused", "text": prompt["text"], "group": prompt["group"]}
+        begun = " ".join(text.split()[:10])
+        compliance.append({**row, "answer": begun, "label": "refused", "asked_harm": True})
         if i < 200:
-            response.append({**row, "answer": text, "label": "benign", **group})
+            response.append({**row, "answer": text, "label": "benign"})
 
     complied = [row for row in compliance if row["label"] == "complied"]
     refused = [row for row in compliance if row["label"] == "refused"]
     chance.shuffle(complied)
     chance.shuffle(refused)
-    on_harmful = [row for row in complied if own[row["id"]]["label"] == "harmful"][:420]
-    on_benign = [row for row in complied if own[row["id"]]["label"] == "benign"][:180]
+    on_harmful = [row for row in complied if row["asked_harm"]][:420]
+    on_benign = [row for row in complied if not row["asked_harm"]][:180]
     compliance = on_harmful + on_benign + refused[:600]
     chance.shuffle(compliance)
     harms = [row for row in response if row["label"] == "harmful"]
@@ -164,11 +186,8 @@ def answer_rows(work, own, answers):
 
     keep = ("id", "text", "label", "group", "category")
     write(work / "head_harmful.jsonl", [{key: row[key] for key in keep} for row in harmful[:320]])
-    plain = [a for a in answers if own[a["id"]]["label"] == "benign" and not REFUSES.search(a["text"][:120])]
     chance.shuffle(plain)
-    write(work / "head_benign.jsonl", [
-        {"id": a["id"], "text": own[a["id"]]["text"], "answer": a["text"], "label": "benign",
-         "group": own[a["id"]]["group"]} for a in plain[:120]])
+    write(work / "head_benign.jsonl", plain[:120])
     begun_answers(work, harmful[:160], [row for row in compliance if row["label"] == "complied"])
 
 

@@ -40,7 +40,7 @@ pub(super) struct ModelArgs {
     /// How to hold the weights: `auto`, `f32`, `bf16`, `q8_0` or `as-is` [default: auto]
     #[arg(long, value_name = "FORMAT")]
     weights: Option<String>,
-    /// How to hold keys and values: `f32` or `bf16` [default: f32]
+    /// How to hold keys and values: `auto`, `f32` or `bf16` [default: auto]
     #[arg(long, value_name = "TYPE")]
     kv: Option<String>,
     /// Where to compute: `cpu` or `cuda:N` [default: cpu]
