@@ -36,11 +36,14 @@ def main():
     arguments = arguments.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
+    (work / "no-library").mkdir(exist_ok=True)
     for folder in ("probes", "heads", "vectors"):
         (OUT / folder).mkdir(parents=True, exist_ok=True)
 
     def inwit(*words):
-        subprocess.run([arguments.inwit, *map(str, words), "--max-running", "32"], check=True)
+        # Without the library that is being made: its parts would have to fit each other at every step.
+        command = [arguments.inwit, *map(str, words), "--max-running", "32", "--library", work / "no-library"]
+        subprocess.run(command, check=True)
 
     own = [row for name in PROMPTS for row in read(DATA / f"{name}.jsonl")]
     benign, thresholds = calibration_rows(read(arguments.data_dir / "calibration_benign.jsonl"))
@@ -62,8 +65,9 @@ def main():
     write(work / "asked.jsonl", asked)
     answered = []
     for name, more in (("greedy", []), ("sampled", ["--temperature", 0.8, "--seed", 1])):
-        inwit("generate", "--data", work / "asked.jsonl", "--out", work / f"answers_{name}.jsonl",
-              "--mode", "off", "--max-tokens", 40, *more)
+        if not (work / f"answers_{name}.jsonl").exists():
+            inwit("generate", "--data", work / "asked.jsonl", "--out", work / f"answers_{name}.jsonl",
+                  "--mode", "off", "--max-tokens", 40, *more)
         answered += with_prompts(read(work / f"answers_{name}.jsonl"), asked, name)
     write(work / "answered.jsonl", answered)
     inwit("lab", "label", "--data", work / "answered.jsonl", "--out", work / "labelled.jsonl", "--rules-only")

@@ -109,7 +109,7 @@ impl Summary {
             }
             counts
         };
-        let of_judge = |(index, judge): (usize, &Box<dyn Judge>)| Counts {
+        let of_judge = |(index, judge): (usize, &dyn Judge)| Counts {
             judge: judge.name().to_owned(),
             counts: count(&|verdicts| verdicts.get(index).copied()),
         };
@@ -120,7 +120,12 @@ impl Summary {
         };
         let firsts = 0..judges.len();
         Self {
-            judges: judges.iter().enumerate().map(of_judge).collect(),
+            judges: judges
+                .iter()
+                .map(AsRef::as_ref)
+                .enumerate()
+                .map(of_judge)
+                .collect(),
             agreed,
             disputed: said.len() - agreed.iter().sum::<usize>(),
             pairs: firsts
@@ -131,7 +136,7 @@ impl Summary {
     }
 }
 
-/// Measures every judge against answers that people labelled.
+/// Measures every judge against answers that were read and labelled one by one.
 ///
 /// A line of the sample is `{"prompt_id", "answer", "label"}`; the prompts are found by their `id`
 /// in the `.jsonl` files of the sample's folder. A prompt's answers lie in one half, by a hash of
@@ -149,7 +154,7 @@ pub async fn measure(
         Ok(())
     })
     .await?;
-    let measured = |(index, judge): (usize, &Box<dyn Judge>)| {
+    let measured = |(index, judge): (usize, &dyn Judge)| {
         let of_half = |held_out: bool| {
             let rows = sample.iter().zip(&said);
             let rows = rows.filter(|(case, _)| case.held_out == held_out);
@@ -161,7 +166,12 @@ pub async fn measure(
             held_out: of_half(true),
         }
     };
-    Ok(judges.iter().enumerate().map(measured).collect())
+    Ok(judges
+        .iter()
+        .map(AsRef::as_ref)
+        .enumerate()
+        .map(measured)
+        .collect())
 }
 
 /// Every judge's verdict on every case, several cases at a time, in their order.

@@ -29,7 +29,7 @@ fn rows() -> Vec<Value> {
             "id": format!("r{n}"),
             "text": "Bake a bread. ".repeat(1 + n % 3),
             "answer": "Take flour, water and salt.",
-            "label": if n % 2 == 0 { "complied" } else { "refused" },
+            "label": if n.is_multiple_of(2) { "complied" } else { "refused" },
             "group": format!("g{}", n / 2),
         })
     };

@@ -583,13 +583,21 @@ mod tests {
     #[test]
     fn dropped_tokens_are_about_that_share_and_never_the_first() {
         let mut rng = ChaCha8Rng::seed_from_u64(8);
-        let x = Array2::from_shape_fn((1000, 1), |(token, _)| token as f32);
-        let kept = seen(&x, 0.3, &mut rng);
-        assert!((650..750).contains(&kept.nrows()), "{}", kept.nrows());
-        assert_eq!(kept[[0, 0]], 0.0);
-        assert_eq!(*seen(&x, 0.0, &mut rng), x);
-        let one = Array2::zeros((1, 1));
-        assert!((0..50).all(|_| seen(&one, 0.9, &mut rng).nrows() == 1));
+        let request = |tokens: usize| {
+            vec![Array2::from_shape_fn((tokens, 1), |(token, _)| {
+                token as f32
+            })]
+        };
+        let mut seen = |states: &dyn TokenStates, dropout: f32| {
+            let mut batch = Batch::new(&[0.0], &[1.0]);
+            batch.push(states, 0, dropout, &mut rng);
+            batch.states.clone()
+        };
+        let kept = seen(&request(1000), 0.3);
+        assert!((650..750).contains(&kept.len()), "{}", kept.len());
+        assert_eq!(kept[0], 0.0);
+        assert_eq!(seen(&request(1000), 0.0).len(), 1000);
+        assert!((0..50).all(|_| seen(&request(1), 0.9).len() == 1));
     }
 
     #[test]

@@ -98,7 +98,7 @@ pub fn off_subspace(direction: &[f32], states: &Array2<f32>, avoid: Avoid) -> Re
         }
     }
     let kept = (after.dot(&after) / before.dot(&before).max(f64::MIN_POSITIVE)).sqrt();
-    if !(kept > 1e-3) {
+    if kept.is_nan() || kept <= 1e-3 {
         return Err(Error::data(
             "null_space",
             format!(
