@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"^(?:inwit|cargo run --release --) ((?:probe |lab )?[a-z][a-z-]*)(.*)")
+COMMAND = re.compile(r"^(?:inwit|cargo run --release --) ((?:probe |lab |eval )?[a-z][a-z-]*)(.*)")
 
 
 def main():
@@ -107,7 +107,7 @@ def check_commands(binary, faults):
 def commands_of(document):
     """The commands in a document's shell blocks and sentences, each with what follows it."""
     text = document.read_text()
-    yield from re.findall(r"`inwit ((?:probe |lab )?[a-z][a-z-]*)([^`]*)`", text)
+    yield from re.findall(r"`inwit ((?:probe |lab |eval )?[a-z][a-z-]*)([^`]*)`", text)
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     for block in (body for language, body in blocks if language == "sh"):
         for line in block.replace("\\\n", " ").splitlines():
