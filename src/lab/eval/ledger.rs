@@ -13,7 +13,7 @@ const MOST_BYTES: u64 = 64 << 20;
 const HEAD: &str = "\
 # Evaluations
 
-Each run of `inwit eval --log` on a set, in the order of the runs.
+Each run of `inwit eval` with `--log` on a set, in the order of the runs.
 A number that was looked at and then tuned on proves nothing, so the runs are counted by the set's hash.
 
 | date (UTC) | commit | set | SHA-256 of the set | what | its hash | result |
