@@ -319,16 +319,16 @@ fn attend_queries<T: Stored>(
         weigh_values(
             store,
             &view,
-            weights[i],
+            &[weights[i]],
             before,
             &mut sums[i * dim..(i + 1) * dim],
         );
     }
-    weigh_values_together(store, &view, &weights, common.clone(), sums);
+    weigh_values(store, &view, &weights, common.clone(), sums);
     for (i, (row, head)) in queries.iter().enumerate() {
         let sums = &mut sums[i * dim..(i + 1) * dim];
         let after = common.end.max(seen(*row).start)..seen(*row).end;
-        weigh_values(store, &view, weights[i], after, sums);
+        weigh_values(store, &view, &[weights[i]], after, sums);
         for sum in sums.iter_mut() {
             *sum /= totals[i];
         }
@@ -432,39 +432,17 @@ fn soften(scores: &mut [f32], low: usize) -> f32 {
 /// Numbers of a value that are summed in registers at a time.
 const WIDTH: usize = 32;
 
-/// Adds the values of `positions`, each times its weight, to `out`, position by position.
+/// Adds the values of `positions`, each times its weight, to `out`, position by position, for `N`
+/// queries at once: `out` is `[N, head_dim]`.
 #[multiversion(targets(
     "x86_64+avx512f+avx512vl+avx512bw+fma",
     "x86_64+avx2+fma",
     "aarch64+neon"
 ))]
-fn weigh_values<T: Stored>(
+fn weigh_values<T: Stored, const N: usize>(
     store: &Store<T>,
     view: &BlockView<'_>,
-    weights: &[f32],
-    positions: Range<usize>,
-    out: &mut [f32],
-) {
-    for position in positions {
-        let values = view.of(&store.values, position / KV_BLOCK);
-        let values = &values[position % KV_BLOCK * view.dim..][..view.dim];
-        let weight = weights[position];
-        for (out, value) in out.iter_mut().zip(values) {
-            *out = weight.mul_add(value.widen(), *out);
-        }
-    }
-}
-
-/// The same for several queries at once: `out` is `[queries, head_dim]`.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512vl+avx512bw+fma",
-    "x86_64+avx2+fma",
-    "aarch64+neon"
-))]
-fn weigh_values_together<T: Stored>(
-    store: &Store<T>,
-    view: &BlockView<'_>,
-    weights: &[&[f32]; QUERIES],
+    weights: &[&[f32]; N],
     positions: Range<usize>,
     out: &mut [f32],
 ) {
@@ -472,8 +450,8 @@ fn weigh_values_together<T: Stored>(
     let mut first = 0;
     while first < dim {
         let step = WIDTH.min(dim - first);
-        let mut sums = [[0f32; WIDTH]; QUERIES];
-        for i in 0..QUERIES {
+        let mut sums = [[0f32; WIDTH]; N];
+        for i in 0..N {
             sums[i][..step].copy_from_slice(&out[i * dim + first..][..step]);
         }
         let mut position = positions.start;
@@ -493,7 +471,7 @@ fn weigh_values_together<T: Stored>(
                         wide[d] = row[d].widen();
                     }
                 }
-                for i in 0..QUERIES {
+                for i in 0..N {
                     let weight = weights[i][position];
                     for d in 0..WIDTH {
                         sums[i][d] = weight.mul_add(wide[d], sums[i][d]);
@@ -502,7 +480,7 @@ fn weigh_values_together<T: Stored>(
             }
             position = end;
         }
-        for i in 0..QUERIES {
+        for i in 0..N {
             out[i * dim + first..][..step].copy_from_slice(&sums[i][..step]);
         }
         first += step;
