@@ -48,20 +48,21 @@ fn attention(c: &mut Criterion) {
     };
     let mut group = c.benchmark_group("attention");
     for kv_type in [KvType::F32, KvType::Bf16] {
-        for (streams, positions) in [(1, 512), (16, 128), (16, 512)] {
+        // Streams that decode, then the last rows of one long prompt.
+        for (streams, rows, positions) in [(1, 1, 512), (16, 1, 128), (16, 1, 512), (1, 64, 4000)] {
             let per_stream = positions / KV_BLOCK;
             let kv = filled(kv_type, &shape, streams * per_stream);
             let blocks: Vec<u32> = (0..(streams * per_stream) as u32).collect();
             let spans: Vec<SpanRows<'_>> = (0..streams)
                 .map(|stream| SpanRows {
-                    first_row: stream,
-                    rows: 1,
-                    start: positions - 1,
+                    first_row: stream * rows,
+                    rows,
+                    start: positions - rows,
                     blocks: &blocks[stream * per_stream..(stream + 1) * per_stream],
                 })
                 .collect();
-            let q = numbers(streams * shape.heads * shape.head_dim);
-            let name = format!("{kv_type}/{streams}x{positions}");
+            let q = numbers(streams * rows * shape.heads * shape.head_dim);
+            let name = format!("{kv_type}/{streams}x{rows}x{positions}");
             group.bench_function(name, |b| {
                 b.iter(|| {
                     attend(

@@ -5,20 +5,22 @@
 //! Every (row, head) is its own chain over absolute positions: neither chunking nor batching of
 //! the rows can change a bit.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use half::bf16;
 use multiversion::multiversion;
 
 use super::SharedOut;
-use super::elementwise::exp_inline;
+use super::elementwise::{exp_inline, highest};
 use super::pool::parallel;
 
 /// Positions per KV block.
 pub const KV_BLOCK: usize = 16;
 
-/// How many queries share one pass over the keys.
-const QUERIES: usize = 4;
+/// How many queries share one pass over the keys: of a prompt, and where there are few.
+const MANY: usize = 8;
+const FEW: usize = 4;
 
 /// The type that K and V are rounded to before any attention reads them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,11 +81,13 @@ pub struct Store<T> {
 }
 
 pub trait Stored: Copy + Default + Send + Sync {
+    const TYPE: KvType;
     fn widen(self) -> f32;
     fn narrow(value: f32) -> Self;
 }
 
 impl Stored for f32 {
+    const TYPE: KvType = KvType::F32;
     #[inline(always)]
     fn widen(self) -> f32 {
         self
@@ -95,6 +99,7 @@ impl Stored for f32 {
 }
 
 impl Stored for bf16 {
+    const TYPE: KvType = KvType::Bf16;
     #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
@@ -209,6 +214,11 @@ struct Task<'a> {
 /// Multiply-adds below which one thread does it all.
 const PARALLEL_WORK: usize = 1 << 16;
 
+thread_local! {
+    /// Scores and sums of one tile, kept for the next: a long prompt has many.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 fn attend_store<T: Stored>(
     q: &Queries<'_>,
     shape: &AttentionShape,
@@ -237,36 +247,33 @@ fn attend_store<T: Stored>(
         let queries: Vec<(usize, usize)> = (0..task.rows * group)
             .map(|i| (task.first + i / group, task.kv_head * group + i % group))
             .collect();
-        for queries in queries.chunks(QUERIES) {
+        let emit = |row: usize, head: usize, values: &[f32]| {
             let out = &out;
-            attend_queries(
-                q,
-                shape,
-                store,
-                task,
-                queries,
-                scratch,
-                |row, head, values| {
-                    let start = (row * shape.heads + head) * shape.head_dim;
-                    // SAFETY: each (row, head) of the batch belongs to exactly one task and is
-                    // visited once, so the slices are disjoint and inside `out`.
-                    #[allow(unsafe_code)]
-                    let target =
-                        unsafe { std::slice::from_raw_parts_mut(out.0.add(start), shape.head_dim) };
-                    target.copy_from_slice(values);
-                },
-            );
+            let start = (row * shape.heads + head) * shape.head_dim;
+            // SAFETY: each (row, head) of the batch belongs to exactly one task and is visited
+            // once, so the slices are disjoint and inside `out`.
+            #[allow(unsafe_code)]
+            let target =
+                unsafe { std::slice::from_raw_parts_mut(out.0.add(start), shape.head_dim) };
+            target.copy_from_slice(values);
+        };
+        for queries in queries.chunks(MANY) {
+            if queries.len() > FEW {
+                attend_queries::<T, MANY>(q, shape, store, task, queries, scratch, emit);
+            } else {
+                attend_queries::<T, FEW>(q, shape, store, task, queries, scratch, emit);
+            }
         }
     };
+    let run = |task: &Task<'_>| SCRATCH.with_borrow_mut(|scratch| run(task, scratch));
     if work < PARALLEL_WORK {
-        let mut scratch = Vec::new();
-        tasks.iter().for_each(|task| run(task, &mut scratch));
+        tasks.iter().for_each(run);
     } else {
-        parallel(tasks.len(), |task| run(&tasks[task], &mut Vec::new()));
+        parallel(tasks.len(), |task| run(&tasks[task]));
     }
 }
 
-fn attend_queries<T: Stored>(
+fn attend_queries<T: Stored, const N: usize>(
     q: &Queries<'_>,
     shape: &AttentionShape,
     store: &Store<T>,
@@ -285,11 +292,11 @@ fn attend_queries<T: Stored>(
         .min()
         .unwrap_or(0);
     let first_block = lowest / KV_BLOCK;
-    scratch.clear();
-    scratch.resize(QUERIES * (width + dim), 0.0);
-    let (scores, sums) = scratch.split_at_mut(QUERIES * width);
+    scratch.resize(scratch.len().max(N * (width + dim)), 0.0);
+    let (scores, sums) = scratch[..N * (width + dim)].split_at_mut(N * width);
+    sums.fill(0.0);
     // Absent queries repeat the first: same cost, one code path.
-    let tile: [&[f32]; QUERIES] = std::array::from_fn(|i| {
+    let tile: [&[f32]; N] = std::array::from_fn(|i| {
         let (row, head) = queries[if i < queries.len() { i } else { 0 }];
         &q.numbers[(span.first_row + row) * q.width + head * dim..][..dim]
     });
@@ -300,7 +307,7 @@ fn attend_queries<T: Stored>(
         blocks: span.blocks,
     };
     score_blocks(store, &view, &tile, shape.scale, first_block, width, scores);
-    let mut totals = [0f32; QUERIES];
+    let mut totals = [0f32; N];
     // What each query sees, and what all of them see.
     let seen = |row: usize| first_seen(span.start + row, shape.window)..span.start + row + 1;
     let mut common = 0..usize::MAX;
@@ -310,7 +317,7 @@ fn attend_queries<T: Stored>(
         totals[i] = soften(&mut scores[i * width..][..seen.end], seen.start);
     }
     let common = common.start..common.end.max(common.start);
-    let weights: [&[f32]; QUERIES] = std::array::from_fn(|i| {
+    let weights: [&[f32]; N] = std::array::from_fn(|i| {
         let i = if i < queries.len() { i } else { 0 };
         &scores[i * width..(i + 1) * width]
     });
@@ -357,51 +364,70 @@ impl BlockView<'_> {
     }
 }
 
-#[multiversion(targets(
-    "x86_64+avx512f+avx512vl+avx512bw+fma",
-    "x86_64+avx2+fma",
-    "aarch64+neon"
-))]
-fn score_blocks<T: Stored>(
+/// The scores of `N` queries against the blocks from `first_block` on: `scores` is `[N, width]`.
+fn score_blocks<T: Stored, const N: usize>(
     store: &Store<T>,
     view: &BlockView<'_>,
-    tile: &[&[f32]; QUERIES],
+    tile: &[&[f32]; N],
     scale: f32,
     first_block: usize,
     width: usize,
     scores: &mut [f32],
 ) {
     // Two blocks at a time: more chains than one multiply-add takes cycles.
-    let mut block = first_block;
     let end = width / KV_BLOCK;
-    while block < end {
-        let second = (block + 1).min(end - 1);
-        let keys = [block, second].map(|block| view.of(&store.keys, block));
-        let mut sums = [[[0f32; KV_BLOCK]; QUERIES]; 2];
-        for d in 0..view.dim {
-            for (sums, keys) in sums.iter_mut().zip(keys) {
-                let keys = &keys[d * KV_BLOCK..(d + 1) * KV_BLOCK];
-                let mut wide = [0f32; KV_BLOCK];
-                for j in 0..KV_BLOCK {
-                    wide[j] = keys[j].widen();
-                }
-                for i in 0..QUERIES {
-                    let q = tile[i][d];
-                    for j in 0..KV_BLOCK {
-                        sums[i][j] = q.mul_add(wide[j], sums[i][j]);
-                    }
+    for block in (first_block..end).step_by(2) {
+        let pair = [block, (block + 1).min(end - 1)];
+        let sums = score_pair(pair.map(|block| view.of(&store.keys, block)), tile);
+        for (block, sums) in pair.into_iter().zip(sums) {
+            for (i, sums) in sums.iter().enumerate() {
+                let scores = &mut scores[i * width + block * KV_BLOCK..][..KV_BLOCK];
+                for (score, sum) in scores.iter_mut().zip(sums) {
+                    *score = sum * scale;
                 }
             }
         }
-        for (block, sums) in [block, second].into_iter().zip(sums) {
-            for i in 0..QUERIES {
-                for j in 0..KV_BLOCK {
-                    scores[i * width + block * KV_BLOCK + j] = sums[i][j] * scale;
-                }
-            }
-        }
-        block += 2;
     }
+}
+
+/// `q.k` of `N` queries and the keys of two blocks.
+#[inline]
+fn score_pair<T: Stored, const N: usize>(
+    keys: [&[T]; 2],
+    tile: &[&[f32]; N],
+) -> [[[f32; KV_BLOCK]; N]; 2] {
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() {
+        // SAFETY: the features were just detected.
+        #[allow(unsafe_code)]
+        return unsafe { avx512::score_pair(keys, tile) };
+    }
+    score_pair_plain(keys, tile)
+}
+
+/// The definition; the variant for AVX-512 gives the same bits.
+#[multiversion(targets("x86_64+avx2+fma", "aarch64+neon"))]
+fn score_pair_plain<T: Stored, const N: usize>(
+    keys: [&[T]; 2],
+    tile: &[&[f32]; N],
+) -> [[[f32; KV_BLOCK]; N]; 2] {
+    let mut sums = [[[0f32; KV_BLOCK]; N]; 2];
+    for d in 0..tile[0].len() {
+        for (sums, keys) in sums.iter_mut().zip(keys) {
+            let keys = &keys[d * KV_BLOCK..(d + 1) * KV_BLOCK];
+            let mut wide = [0f32; KV_BLOCK];
+            for j in 0..KV_BLOCK {
+                wide[j] = keys[j].widen();
+            }
+            for i in 0..N {
+                let q = tile[i][d];
+                for j in 0..KV_BLOCK {
+                    sums[i][j] = q.mul_add(wide[j], sums[i][j]);
+                }
+            }
+        }
+    }
+    sums
 }
 
 /// Turns `scores[low..]` into `e^(score - max)` and returns their sum.
@@ -412,7 +438,7 @@ fn score_blocks<T: Stored>(
 ))]
 fn soften(scores: &mut [f32], low: usize) -> f32 {
     let seen = &mut scores[low..];
-    let max = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = highest(seen);
     let mut lanes = [0f32; KV_BLOCK];
     let mut chunks = seen.chunks_exact_mut(KV_BLOCK);
     for chunk in &mut chunks {
@@ -433,12 +459,7 @@ fn soften(scores: &mut [f32], low: usize) -> f32 {
 const WIDTH: usize = 32;
 
 /// Adds the values of `positions`, each times its weight, to `out`, position by position, for `N`
-/// queries at once: `out` is `[N, head_dim]`.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512vl+avx512bw+fma",
-    "x86_64+avx2+fma",
-    "aarch64+neon"
-))]
+/// queries at once: `out` is `[N, head_dim]`, `weights` are by position.
 fn weigh_values<T: Stored, const N: usize>(
     store: &Store<T>,
     view: &BlockView<'_>,
@@ -446,44 +467,148 @@ fn weigh_values<T: Stored, const N: usize>(
     positions: Range<usize>,
     out: &mut [f32],
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() && view.dim.is_multiple_of(WIDTH) {
+        // SAFETY: the features were just detected.
+        #[allow(unsafe_code)]
+        return unsafe { avx512::weigh_values(store, view, weights, positions, out) };
+    }
+    weigh_values_plain(store, view, weights, positions, out);
+}
+
+/// The definition; the variant for AVX-512 gives the same bits.
+#[multiversion(targets("x86_64+avx2+fma", "aarch64+neon"))]
+fn weigh_values_plain<T: Stored, const N: usize>(
+    store: &Store<T>,
+    view: &BlockView<'_>,
+    weights: &[&[f32]; N],
+    positions: Range<usize>,
+    out: &mut [f32],
+) {
     let dim = view.dim;
-    let mut first = 0;
-    while first < dim {
-        let step = WIDTH.min(dim - first);
-        let mut sums = [[0f32; WIDTH]; N];
-        for i in 0..N {
-            sums[i][..step].copy_from_slice(&out[i * dim + first..][..step]);
-        }
-        let mut position = positions.start;
-        while position < positions.end {
+    for first in (0..dim).step_by(WIDTH) {
+        let width = WIDTH.min(dim - first);
+        for position in positions.clone() {
             let values = view.of(&store.values, position / KV_BLOCK);
-            let end = positions.end.min((position / KV_BLOCK + 1) * KV_BLOCK);
-            for position in position..end {
-                let row = &values[position % KV_BLOCK * dim + first..];
-                let mut wide = [0f32; WIDTH];
-                if step == WIDTH {
-                    let row = &row[..WIDTH];
-                    for d in 0..WIDTH {
-                        wide[d] = row[d].widen();
-                    }
-                } else {
-                    for d in 0..step {
-                        wide[d] = row[d].widen();
-                    }
-                }
-                for i in 0..N {
-                    let weight = weights[i][position];
-                    for d in 0..WIDTH {
-                        sums[i][d] = weight.mul_add(wide[d], sums[i][d]);
-                    }
+            let row = &values[position % KV_BLOCK * dim + first..][..width];
+            for i in 0..N {
+                let weight = weights[i][position];
+                let sums = &mut out[i * dim + first..][..width];
+                for (sum, value) in sums.iter_mut().zip(row) {
+                    *sum = weight.mul_add(value.widen(), *sum);
                 }
             }
-            position = end;
         }
-        for i in 0..N {
-            out[i * dim + first..][..step].copy_from_slice(&sums[i][..step]);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx512() -> bool {
+    std::arch::is_x86_feature_detected!("avx512f") && std::arch::is_x86_feature_detected!("fma")
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod avx512 {
+    use std::arch::x86_64::*;
+    use std::ops::Range;
+
+    use super::{BlockView, KV_BLOCK, KvType, Store, Stored, WIDTH};
+
+    /// Sixteen stored numbers as f32.
+    #[inline]
+    #[target_feature(enable = "avx512f,fma")]
+    unsafe fn load<T: Stored>(from: *const T) -> __m512 {
+        // SAFETY: the caller has sixteen numbers of `T` there, and `TYPE` says what they are.
+        unsafe {
+            match T::TYPE {
+                KvType::F32 => _mm512_loadu_ps(from.cast()),
+                KvType::Bf16 => {
+                    let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+                }
+            }
         }
-        first += step;
+    }
+
+    #[target_feature(enable = "avx512f,fma")]
+    pub(super) unsafe fn score_pair<T: Stored, const N: usize>(
+        keys: [&[T]; 2],
+        tile: &[&[f32]; N],
+    ) -> [[[f32; KV_BLOCK]; N]; 2] {
+        let dim = tile[0].len();
+        assert!(keys.iter().all(|keys| keys.len() >= dim * KV_BLOCK));
+        assert!(tile.iter().all(|query| query.len() == dim));
+        let queries = tile.map(<[f32]>::as_ptr);
+        let keys = keys.map(<[T]>::as_ptr);
+        let mut sums = [[_mm512_setzero_ps(); N]; 2];
+        for d in 0..dim {
+            // SAFETY: `d` is inside each query, and sixteen keys per `d` are inside each block.
+            unsafe {
+                let keys = keys.map(|keys| load(keys.add(d * KV_BLOCK)));
+                for i in 0..N {
+                    let q = _mm512_set1_ps(*queries[i].add(d));
+                    sums[0][i] = _mm512_fmadd_ps(q, keys[0], sums[0][i]);
+                    sums[1][i] = _mm512_fmadd_ps(q, keys[1], sums[1][i]);
+                }
+            }
+        }
+        let mut out = [[[0f32; KV_BLOCK]; N]; 2];
+        for (out, sums) in out.as_flattened_mut().iter_mut().zip(sums.as_flattened()) {
+            // SAFETY: there is room for sixteen.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), *sums) };
+        }
+        out
+    }
+
+    #[target_feature(enable = "avx512f,fma")]
+    pub(super) unsafe fn weigh_values<T: Stored, const N: usize>(
+        store: &Store<T>,
+        view: &BlockView<'_>,
+        weights: &[&[f32]; N],
+        positions: Range<usize>,
+        out: &mut [f32],
+    ) {
+        let dim = view.dim;
+        assert!(dim.is_multiple_of(WIDTH) && out.len() >= N * dim);
+        assert!(weights.iter().all(|weights| weights.len() >= positions.end));
+        let weights = weights.map(<[f32]>::as_ptr);
+        for first in (0..dim).step_by(WIDTH) {
+            // `first` and 32 more are inside each of the `N` sums of `dim`.
+            let at = |i: usize, half: usize| i * dim + first + half * 16;
+            let mut sums = [[_mm512_setzero_ps(); 2]; N];
+            for (i, sums) in sums.iter_mut().enumerate() {
+                for (half, sum) in sums.iter_mut().enumerate() {
+                    // SAFETY: sixteen numbers are there.
+                    *sum = unsafe { _mm512_loadu_ps(out.as_ptr().add(at(i, half))) };
+                }
+            }
+            let mut position = positions.start;
+            while position < positions.end {
+                let values = view.of(&store.values, position / KV_BLOCK);
+                let end = positions.end.min((position / KV_BLOCK + 1) * KV_BLOCK);
+                for position in position..end {
+                    // SAFETY: a block holds sixteen positions of `dim` values, and every weight
+                    // up to `positions.end` is there.
+                    unsafe {
+                        let row = values.as_ptr().add(position % KV_BLOCK * dim + first);
+                        let row = [load(row), load(row.add(16))];
+                        for i in 0..N {
+                            let weight = _mm512_set1_ps(*weights[i].add(position));
+                            sums[i][0] = _mm512_fmadd_ps(weight, row[0], sums[i][0]);
+                            sums[i][1] = _mm512_fmadd_ps(weight, row[1], sums[i][1]);
+                        }
+                    }
+                }
+                position = end;
+            }
+            for (i, sums) in sums.iter().enumerate() {
+                for (half, sum) in sums.iter().enumerate() {
+                    // SAFETY: room for sixteen numbers is there.
+                    unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(at(i, half)), *sum) };
+                }
+            }
+        }
     }
 }
 
@@ -596,6 +721,32 @@ mod tests {
                     }
                 }
             }
+        }
+
+        #[test]
+        fn the_plain_definition_gives_the_bits_of_this_machine(
+            positions in 1usize..70, dim in prop_oneof![Just(32), Just(64), Just(40)]
+        ) {
+            let shape = AttentionShape { head_dim: dim, ..shape(None) };
+            let (layer, blocks, ..) = filled(&shape, positions, KvType::Bf16);
+            let KvLayer::Bf16(store) = &layer else { unreachable!("asked for above") };
+            let view = BlockView {
+                block_len: shape.block_len(),
+                head_offset: dim * KV_BLOCK,
+                dim,
+                blocks: &blocks,
+            };
+            let queries: [Vec<f32>; MANY] = std::array::from_fn(|i| seeded(dim, 5 + i as u32));
+            let tile = queries.each_ref().map(Vec::as_slice);
+            let keys = [view.of(&store.keys, 0), view.of(&store.keys, blocks.len() - 1)];
+            prop_assert_eq!(score_pair(keys, &tile), score_pair_plain(keys, &tile));
+            let weights: [Vec<f32>; MANY] =
+                std::array::from_fn(|i| seeded(positions, 50 + i as u32));
+            let weights = weights.each_ref().map(Vec::as_slice);
+            let mut sums = [(); 2].map(|()| seeded(MANY * dim, 9));
+            weigh_values(store, &view, &weights, positions / 3..positions, &mut sums[0]);
+            weigh_values_plain(store, &view, &weights, positions / 3..positions, &mut sums[1]);
+            prop_assert_eq!(&sums[0], &sums[1]);
         }
 
         #[test]

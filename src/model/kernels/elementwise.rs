@@ -149,8 +149,10 @@ pub(super) fn exp_inline(x: f32) -> f32 {
     p = r.mul_add(p, 0.5);
     p = r.mul_add(p, 1.0);
     p = r.mul_add(p, 1.0);
-    // In range by the clamp, so the cast cannot saturate; NaN becomes 0 and is restored below.
-    let scale = f32::from_bits(((n as i32 + 127) as u32) << 23);
+    // A whole number stands in the low bits of its sum with 1.5 * 2^23: a cast would be done number
+    // by number. Of NaN nothing sensible comes; it is restored below.
+    let whole = (n + 12_582_912.0).to_bits();
+    let scale = f32::from_bits(whole.wrapping_add(127) << 23);
     let value = p * scale;
     let value = if x < -87.3 { 0.0 } else { value };
     let value = if x > 88.0 { f32::INFINITY } else { value };

@@ -500,62 +500,75 @@ impl RoundedRows {
     }
 }
 
-#[multiversion::multiversion(targets(
-    "x86_64+avx512f+avx512vl+avx512bw+avx512dq+fma",
-    "x86_64+avx2+fma",
-    "aarch64+neon"
-))]
 fn round_row(x: &[f32], offset: i32, rounding: Rounding, into: RoundedRow<'_>) {
     let blocks = x.len().div_ceil(QUANT_BLOCK);
+    let (quants, _) = into.quants.as_chunks_mut::<QUANT_BLOCK>();
     for (block, x) in x.chunks(QUANT_BLOCK).enumerate() {
         let mut values = [0f32; QUANT_BLOCK];
-        values[..x.len()].copy_from_slice(x);
+        match x.first_chunk() {
+            Some(whole) => values = *whole,
+            None => values[..x.len()].copy_from_slice(x),
+        }
         for part in 0..rounding.parts() {
             let at = part * blocks + block;
-            let quants = &mut into.quants[at * QUANT_BLOCK..(at + 1) * QUANT_BLOCK];
-            let (scale, total) = round_block(&values, quants);
+            let (scale, total) = round_block(&mut values, &mut quants[at]);
             into.scales[at] = scale;
             into.sums[at] = scale * total as f32;
             into.offsets[at] = offset.wrapping_mul(total);
-            // What is left over, for the next part where there is one.
-            if part + 1 < rounding.parts() {
-                for (value, quant) in values.iter_mut().zip(quants) {
-                    *value = (-scale).mul_add(f32::from(*quant as i8), *value);
-                }
-            }
         }
     }
 }
 
-/// The quants of one block, their scale and their sum.
-/// A block that holds a number that is not finite makes everything not a number.
+/// Added to this, a small number keeps its nearest whole in the low bits, ties to even.
+const ROUND: f32 = 12_582_912.0;
+
+/// The quants of one block, their scale and their sum; what the rounding leaves over stays in
+/// `values`. A block that holds a number that is not finite makes everything not a number.
+fn round_block(values: &mut [f32; QUANT_BLOCK], quants: &mut [u8; QUANT_BLOCK]) -> (f32, i32) {
+    #[cfg(target_arch = "x86_64")]
+    if has_vnni() {
+        // SAFETY: the features were just detected.
+        #[allow(unsafe_code)]
+        return unsafe { vnni::round_block(values, quants) };
+    }
+    round_block_plain(values, quants)
+}
+
+/// The definition; the variant for AVX-512 gives the same bits.
 // Loops, not closures: those would be compiled without the target's features.
-#[inline(always)]
-fn round_block(values: &[f32; QUANT_BLOCK], quants: &mut [u8]) -> (f32, i32) {
+#[multiversion::multiversion(targets("x86_64+avx2+fma", "aarch64+neon"))]
+fn round_block_plain(
+    values: &mut [f32; QUANT_BLOCK],
+    quants: &mut [u8; QUANT_BLOCK],
+) -> (f32, i32) {
     // Without their signs, the bits of numbers are in the numbers' order.
     let mut most = 0u32;
-    for value in values {
+    for value in values.iter() {
         most = most.max(value.to_bits() & 0x7fff_ffff);
     }
-    let most = f32::from_bits(most);
-    let inverse = 127.0 / most;
-    // No numbers, or so small that the inverse overflows: a block of zeros.
-    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
-    // Added to this, a small number keeps its nearest whole in the low bits, ties to even.
-    const ROUND: f32 = 12_582_912.0;
+    let (scale, inverse) = scale_of(f32::from_bits(most));
     let mut total = 0i32;
     for (quant, value) in quants.iter_mut().zip(values) {
         let rounded = value.mul_add(inverse, ROUND).to_bits() as i32;
         let rounded = rounded.wrapping_sub(ROUND.to_bits() as i32);
         total = total.wrapping_add(rounded);
         *quant = rounded as u8;
+        *value = (-scale).mul_add(rounded as f32, *value);
     }
+    (scale, total)
+}
+
+/// The scale of a block whose largest magnitude is `most`, and what its numbers are multiplied
+/// with: nothing for a block of zeros, or of numbers so small that the inverse overflows.
+fn scale_of(most: f32) -> (f32, f32) {
+    let inverse = 127.0 / most;
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
     let scale = if most.is_finite() {
         most / 127.0
     } else {
         f32::NAN
     };
-    (scale, total)
+    (scale, inverse)
 }
 
 /// All rows of `x` against one panel. How many rows share a load changes no bit.
@@ -668,7 +681,9 @@ fn row_plain(kind: QuantKind, panel: &[u8], x: &RoundedRows, row: usize) -> [f32
 mod vnni {
     use std::arch::x86_64::*;
 
-    use super::{GROUPS, PANEL, QUANT_BLOCK, QuantKind, RoundedRows, SCALES, fetch};
+    use super::{
+        GROUPS, PANEL, QUANT_BLOCK, QuantKind, ROUND, RoundedRows, SCALES, fetch, scale_of,
+    };
 
     /// Where the rows' blocks are, once checked to be there.
     struct Rows<const R: usize> {
@@ -717,6 +732,41 @@ mod vnni {
             }
         }
         out
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")]
+    pub(super) unsafe fn round_block(
+        values: &mut [f32; QUANT_BLOCK],
+        quants: &mut [u8; QUANT_BLOCK],
+    ) -> (f32, i32) {
+        let (low, high) = (values.as_mut_ptr(), values[16..].as_mut_ptr());
+        // SAFETY: both halves hold sixteen numbers.
+        let mut halves = unsafe { [_mm512_loadu_ps(low), _mm512_loadu_ps(high)] };
+        let [a, b] = halves.map(|half| {
+            let signless = _mm512_set1_epi32(0x7fff_ffff);
+            _mm512_and_si512(_mm512_castps_si512(half), signless)
+        });
+        let most = _mm512_reduce_max_epu32(_mm512_max_epu32(a, b));
+        let (scale, inverse) = scale_of(f32::from_bits(most));
+        let rounded = halves.map(|half| {
+            let sum = _mm512_fmadd_ps(half, _mm512_set1_ps(inverse), _mm512_set1_ps(ROUND));
+            let round = _mm512_set1_epi32(ROUND.to_bits() as i32);
+            _mm512_sub_epi32(_mm512_castps_si512(sum), round)
+        });
+        for (half, rounded) in halves.iter_mut().zip(rounded) {
+            let minus = _mm512_set1_ps(-scale);
+            *half = _mm512_fmadd_ps(minus, _mm512_cvtepi32_ps(rounded), *half);
+        }
+        // SAFETY: as above; the quants are two times sixteen bytes.
+        unsafe {
+            _mm512_storeu_ps(low, halves[0]);
+            _mm512_storeu_ps(high, halves[1]);
+            let quants = quants.as_mut_ptr();
+            _mm_storeu_si128(quants.cast(), _mm512_cvtepi32_epi8(rounded[0]));
+            _mm_storeu_si128(quants.add(16).cast(), _mm512_cvtepi32_epi8(rounded[1]));
+        }
+        let total = _mm512_reduce_add_epi32(_mm512_add_epi32(rounded[0], rounded[1]));
+        (scale, total)
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")]
@@ -918,6 +968,19 @@ mod tests {
                     prop_assert_eq!(y, &plain[..]);
                 }
             }
+        }
+
+        #[test]
+        fn the_plain_rounding_gives_the_bits_of_this_machine(seed in 0u32..10_000, shift in -40i32..40) {
+            let values = numbers(QUANT_BLOCK, seed);
+            let block = std::array::from_fn(|i| values[i] * (shift as f32).exp2());
+            let (mut fast, mut plain) = ((block, [0; QUANT_BLOCK]), (block, [0; QUANT_BLOCK]));
+            let results = [
+                round_block(&mut fast.0, &mut fast.1),
+                round_block_plain(&mut plain.0, &mut plain.1),
+            ];
+            prop_assert_eq!(results[0], results[1]);
+            prop_assert_eq!(fast, plain);
         }
 
         #[test]
