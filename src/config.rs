@@ -22,7 +22,7 @@ const PREFIX: &str = "INWIT_";
 const OTHER_VARIABLES: [&str; 3] = ["INWIT_CONFIG", "INWIT_CACHE", "INWIT_LOG"];
 const TEST_PREFIX: &str = "INWIT_TEST_";
 
-const DEFAULTS: [(&str, &str); 22] = [
+const DEFAULTS: [(&str, &str); 23] = [
     ("model", "smollm2-135m-instruct"),
     ("listen", "127.0.0.1:50051"),
     ("http_listen", "127.0.0.1:9464"),
@@ -38,6 +38,7 @@ const DEFAULTS: [(&str, &str); 22] = [
     ("max_running", "16"),
     ("max_waiting", "64"),
     ("step_token_budget", "512"),
+    ("prefill_share", "50"),
     ("kv_memory", "auto"),
     ("context_limit", "auto"),
     ("max_tokens_default", "512"),
@@ -136,9 +137,13 @@ pub struct Flags {
     #[arg(long, value_name = "NUMBER")]
     pub max_waiting: Option<String>,
 
-    /// Tokens per pass: smaller keeps other requests' tokens coming while a long prompt is read [default: 512]
+    /// Most tokens of one pass [default: 512]
     #[arg(long, value_name = "TOKENS")]
     pub step_token_budget: Option<String>,
+
+    /// How much of a pass's time may go to prompts while other requests are being answered, 1 to 100 [default: 50]
+    #[arg(long, value_name = "PERCENT")]
+    pub prefill_share: Option<String>,
 
     /// Memory for keys and values, such as 2GiB, or `auto` [default: auto]
     #[arg(long, value_name = "SIZE")]
@@ -190,6 +195,8 @@ pub struct Config {
     pub max_running: usize,
     pub max_waiting: usize,
     pub step_token_budget: usize,
+    /// In percent.
+    pub prefill_share: u8,
     /// In bytes; `None` is what fits beside the weights.
     pub kv_memory: Option<u64>,
     /// In tokens; `None` is the model's own.
@@ -324,6 +331,7 @@ impl Config {
             ("max_running", self.max_running.to_string()),
             ("max_waiting", self.max_waiting.to_string()),
             ("step_token_budget", self.step_token_budget.to_string()),
+            ("prefill_share", self.prefill_share.to_string()),
             ("kv_memory", auto(self.kv_memory.map(|n| n.to_string()))),
             (
                 "context_limit",
@@ -482,6 +490,7 @@ impl Layers {
             max_running: self.read("max_running", number(1..=1024))?,
             max_waiting: self.read("max_waiting", number(0..=100_000))?,
             step_token_budget: self.read("step_token_budget", number(1..=1 << 20))?,
+            prefill_share: self.read("prefill_share", number(1..=100))?,
             kv_memory: self.read("kv_memory", unless("auto", size))?,
             context_limit: self.read("context_limit", unless("auto", number(2..=1 << 24)))?,
             max_tokens_default: self.read("max_tokens_default", number(1..=1 << 24))?,

@@ -312,10 +312,11 @@ enum State {
         window: VecDeque<f32>,
     },
     Sum(Option<f64>),
-    /// As many heads as the first token had; in place, so that no token allocates.
+    /// As many heads as the first token had. Apart from the rest, which most gathers are: what a
+    /// step has to bring from memory is what monitoring costs.
     Attention {
         count: usize,
-        heads: [SoftMax; MAX_ATTENTION_HEADS],
+        heads: Box<[SoftMax; MAX_ATTENTION_HEADS]>,
     },
 }
 
@@ -364,7 +365,7 @@ impl GatherState {
             Gather::CumulativeLogOdds => State::Sum(None),
             Gather::Attention => State::Attention {
                 count: 0,
-                heads: [SoftMax::EMPTY; MAX_ATTENTION_HEADS],
+                heads: Box::new([SoftMax::EMPTY; MAX_ATTENTION_HEADS]),
             },
         };
         Self { kind }

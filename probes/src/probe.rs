@@ -172,18 +172,19 @@ impl Probe {
     }
 
     /// One row's output from its heads' outputs, each `[out]`, in the order of the heads.
-    pub fn finish(&self, head_outputs: &[&[f32]]) -> Result<TokenOutput, ScoreFailure> {
+    pub fn finish<'a>(
+        &self,
+        head_outputs: impl ExactSizeIterator<Item = &'a [f32]> + Clone,
+    ) -> Result<TokenOutput, ScoreFailure> {
         let out = self.heads.first().map_or(0, |head| head.out);
         let fits = head_outputs.len() == self.heads.len()
-            && head_outputs.iter().all(|output| output.len() == out);
+            && head_outputs.clone().all(|output| output.len() == out);
         if !fits {
             return Err(ScoreFailure::Shape);
         }
         let sum = |j: usize| {
-            head_outputs
-                .iter()
-                .map(|output| f64::from(output[j]))
-                .sum::<f64>()
+            let of_heads = head_outputs.clone().map(|output| f64::from(output[j]));
+            of_heads.sum::<f64>()
         };
         let output = match &self.prober {
             Some(prober) => TokenOutput::logit(prober.logit(sum, out) as f32),
@@ -211,8 +212,7 @@ impl Probe {
             .iter()
             .map(|head| head.apply(hidden(head.site)))
             .collect::<Result<Vec<_>, _>>()?;
-        let outputs: Vec<&[f32]> = outputs.iter().map(Vec::as_slice).collect();
-        self.finish(&outputs)
+        self.finish(outputs.iter().map(Vec::as_slice))
     }
 
     /// A score that no hidden state can move is a mistake, not a probe.
@@ -424,11 +424,15 @@ mod tests {
         };
         let outputs: Vec<Vec<f32>> = probe.folded_heads().iter().map(product).collect();
         let outputs: Vec<&[f32]> = outputs.iter().map(Vec::as_slice).collect();
-        probe.finish(&outputs)
+        finish(probe, &outputs)
+    }
+
+    fn finish(probe: &Probe, outputs: &[&[f32]]) -> Result<TokenOutput, ScoreFailure> {
+        probe.finish(outputs.iter().copied())
     }
 
     proptest! {
-        #[test]
+    #[test]
         fn folded_heads_agree_with_the_plain_definition(hidden in proptest::array::uniform3(-200.0_f32..200.0)) {
             prop_assume!(hidden.iter().any(|h| h.abs() > 1.0));
             for probe in [logistic(), attention(), several_heads(), two_layer()] {
@@ -475,13 +479,13 @@ mod tests {
 
     #[test]
     fn an_attention_probe_gives_a_value_and_a_key() {
-        let output = attention().finish(&[&[1.5, -0.5]]).unwrap();
+        let output = finish(&attention(), &[&[1.5, -0.5]]).unwrap();
         assert_eq!(output, TokenOutput::keyed(1.5, -0.5));
-        let several = several_heads().finish(&[&[1.5, 2.0, -0.5, 3.0]]).unwrap();
+        let several = finish(&several_heads(), &[&[1.5, 2.0, -0.5, 3.0]]).unwrap();
         assert_eq!(several.logit, 3.5);
         assert_eq!(several.attention.pairs(), [(1.5, -0.5), (2.0, 3.0)]);
         assert_eq!(
-            logistic().finish(&[&[1.5], &[1.0]]).unwrap(),
+            finish(&logistic(), &[&[1.5], &[1.0]]).unwrap(),
             TokenOutput::logit(2.5)
         );
     }
@@ -496,7 +500,7 @@ mod tests {
             f64::from(b2[row]) + units.map(|(h, w)| f64::from(h.max(0.0) * w)).sum::<f64>()
         };
         let softmax = logit(1).exp() / (logit(0).exp() + logit(1).exp());
-        let got = f64::from(probe.finish(&[&hidden]).unwrap().logit);
+        let got = f64::from(finish(&probe, &[&hidden]).unwrap().logit);
         assert!((1.0 / (1.0 + (-got).exp()) - softmax).abs() < 1e-6);
     }
 
@@ -514,11 +518,11 @@ mod tests {
             Err(ScoreFailure::NotFinite)
         );
         assert_eq!(
-            two_layer().finish(&[&[0.0, f32::NAN, 0.0, 0.0]]),
+            finish(&two_layer(), &[&[0.0, f32::NAN, 0.0, 0.0]]),
             Err(ScoreFailure::NotFinite)
         );
         assert_eq!(
-            two_layer().finish(&[&[f32::NAN; 4]]),
+            finish(&two_layer(), &[&[f32::NAN; 4]]),
             Err(ScoreFailure::NotFinite)
         );
     }
@@ -532,7 +536,7 @@ mod tests {
             &[&[1.0, 2.0], &[1.0]],
             &[&[], &[]],
         ] {
-            assert_eq!(probe.finish(outputs), Err(ScoreFailure::Shape));
+            assert_eq!(finish(&probe, outputs), Err(ScoreFailure::Shape));
         }
         assert_eq!(probe.score_row(|_| &[1.0, 2.0]), Err(ScoreFailure::Shape));
     }

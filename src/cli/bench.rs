@@ -137,6 +137,7 @@ async fn measure(args: &Args) -> Result<Report> {
             loaded: Loaded::default(),
             threads: base.threads.unwrap_or_else(cores),
             step_token_budget: base.step_token_budget,
+            prefill_share: base.prefill_share,
             seed: args.seed,
             sizes,
         },
@@ -205,8 +206,16 @@ async fn throughput(args: &Args, base: &Config, sizes: Sizes, report: &mut Repor
         report.rows.push(measured.prefill(monitor).await?);
         for streams in &args.streams {
             let rows = measured.decode(usize::from(*streams), monitor).await?;
+            // A rate of nothing is no rate of zero.
+            let together = rows.iter().all(|row| row.tokens_per_second > 0.0);
             report.rows.extend(rows);
-            note(&format!("{monitor}, {streams} streams: measured"));
+            note(&match together {
+                true => format!("{monitor}, {streams} streams: measured"),
+                false => format!(
+                    "{monitor}, {streams} streams: the first ended before the last began, so \
+                     nothing was measured; take a larger --answer-tokens"
+                ),
+            });
         }
     }
     bench.stop().await

@@ -199,6 +199,7 @@ pub(super) fn load_model(config: &Config) -> Result<(Model, EngineOptions)> {
         max_running: config.max_running,
         max_waiting: config.max_waiting,
         step_token_budget: config.step_token_budget,
+        prefill_share: config.prefill_share,
         kv_bytes,
         kv_type,
         threads: config.threads.unwrap_or(0),

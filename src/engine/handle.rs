@@ -51,6 +51,8 @@ pub struct EngineOptions {
     pub max_waiting: usize,
     /// Rows per step: what prompts share once the decoders have theirs.
     pub step_token_budget: usize,
+    /// How much of a step's time may go to prompts while others decode, in percent.
+    pub prefill_share: u8,
     /// Memory for keys and values, in bytes.
     pub kv_bytes: u64,
     pub kv_type: KvType,
@@ -70,6 +72,7 @@ impl Default for EngineOptions {
             max_running: 32,
             max_waiting: 256,
             step_token_budget: 256,
+            prefill_share: 50,
             kv_bytes: 1 << 30,
             kv_type: KvType::F32,
             threads: 0,

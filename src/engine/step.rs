@@ -16,13 +16,13 @@ use super::event::Captured;
 use super::handle::{Admission, Command, EngineOptions, ModelInfo, Shared};
 use super::readout::readout_policy;
 use super::request::{Intervention, Work};
-use super::scheduler::{Pending, next_step};
+use super::scheduler::{Pace, Pending};
 use super::sequence::{Scored, Sequence, Surroundings};
 use crate::error::{Error, Result};
 use crate::hooks::{HookPlan, HookRun, ProbeStack, RowCondition};
 use crate::metrics;
 use crate::model::kernels::{ComputePool, KV_BLOCK};
-use crate::model::{Batch, Decoder, KvCache, RefusalRow, Span, Tokenizer, host};
+use crate::model::{Batch, Decoder, KvCache, ModelConfig, RefusalRow, Span, Tokenizer, host};
 use crate::policy::{DecisionSink, Mode, Policy};
 use crate::registry::Snapshot;
 
@@ -40,6 +40,7 @@ pub(super) struct StepLoop {
     running: Vec<Sequence>,
     /// What was made from the snapshots in use, newest last.
     prepared: Vec<Prepared>,
+    pace: Pace,
     /// Whether a handle is left that could still submit.
     open: bool,
 }
@@ -51,6 +52,14 @@ struct Prepared {
     readout: Arc<Policy>,
     /// The content hash of each probe.
     probes: Arc<Vec<String>>,
+}
+
+/// The position at which a row multiplies as much with keys and values as with weights.
+fn even_position(model: &ModelConfig) -> f64 {
+    let attention = model.n_heads * model.head_dim;
+    let projections = 2 * (attention + model.n_kv_heads * model.head_dim) * model.d_model;
+    let weights = projections + 3 * model.d_mlp * model.d_model;
+    weights as f64 / (2 * attention) as f64
 }
 
 /// Snapshots whose stacks are kept; a request in flight keeps its own alive besides.
@@ -69,6 +78,11 @@ impl StepLoop {
         receiver: commands::Receiver<Command>,
         pool: ComputePool,
     ) -> Self {
+        let pace = Pace::new(
+            options.step_token_budget,
+            options.prefill_share,
+            even_position(&info.config),
+        );
         Self {
             blocks: BlockPool::new(kv.blocks()),
             around: Surroundings {
@@ -87,6 +101,7 @@ impl StepLoop {
             waiting: VecDeque::new(),
             running: Vec::new(),
             prepared: Vec::new(),
+            pace,
             open: true,
         }
     }
@@ -289,12 +304,14 @@ impl StepLoop {
             .iter()
             .map(|sequence| Pending {
                 tokens: sequence.pending(),
+                computed: sequence.computed,
                 prefill: sequence.in_prefill(),
             })
             .collect();
-        let rows = next_step(&pending, self.options.step_token_budget);
+        let rows = self.pace.next_step(&pending);
         let picked: Vec<(usize, usize)> = rows
-            .into_iter()
+            .iter()
+            .copied()
             .enumerate()
             .filter(|(_, rows)| *rows > 0)
             .collect();
@@ -309,7 +326,9 @@ impl StepLoop {
         };
         let (batch, plan) = self.compile(&picked)?;
         self.pass(&picked, &batch, &plan)?;
-        metrics::step_finished(phase, batch.rows(), started.elapsed());
+        let took = started.elapsed();
+        self.pace.learn(&pending, &rows, took.as_secs_f64());
+        metrics::step_finished(phase, batch.rows(), took);
         self.shared.steps.fetch_add(1, Ordering::AcqRel);
         Ok(())
     }

@@ -14,9 +14,10 @@ pub const INTERVENTION_LIMIT: usize = 64;
 /// Rows, sites and actions of one step. An empty plan costs one look-up per site.
 pub struct HookPlan {
     n_layers: usize,
-    pub(super) sites: Vec<SitePlan>,
+    /// By `Site::index`: one more than the place in `sites`, or 0 where nothing is done.
+    places: Vec<u32>,
+    sites: Vec<SitePlan>,
     pub(super) groups: Vec<ScoreGroup>,
-    empty: bool,
 }
 
 #[derive(Default)]
@@ -25,12 +26,6 @@ pub(super) struct SitePlan {
     /// Indices into the plan's score groups.
     pub(super) scores: Vec<usize>,
     pub(super) captures: Vec<CaptureRows>,
-}
-
-impl SitePlan {
-    pub(super) fn is_empty(&self) -> bool {
-        self.steers.is_empty() && self.scores.is_empty() && self.captures.is_empty()
-    }
 }
 
 /// Rows that are scored by the same probes.
@@ -94,20 +89,33 @@ impl HookPlan {
     pub fn new(n_layers: usize) -> Self {
         Self {
             n_layers,
-            sites: (0..Site::count(n_layers))
-                .map(|_| SitePlan::default())
-                .collect(),
+            places: vec![0; Site::count(n_layers)],
+            sites: Vec::new(),
             groups: Vec::new(),
-            empty: true,
         }
     }
 
     pub fn is_empty(&self) -> bool {
-        self.empty
+        self.sites.is_empty()
     }
 
     pub(super) fn site_index(&self, site: Site) -> usize {
         site.index(self.n_layers)
+    }
+
+    /// What is done at a site, by `Site::index`; none where nothing is.
+    pub(super) fn at(&self, index: usize) -> Option<&SitePlan> {
+        let place = *self.places.get(index)? as usize;
+        self.sites.get(place.checked_sub(1)?)
+    }
+
+    fn at_mut(&mut self, index: usize) -> &mut SitePlan {
+        if self.places[index] == 0 {
+            self.sites.push(SitePlan::default());
+            self.places[index] = self.sites.len() as u32;
+        }
+        let place = self.places[index] as usize - 1;
+        &mut self.sites[place]
     }
 
     /// Scores `rows` with every probe of `stack`.
@@ -115,7 +123,6 @@ impl HookPlan {
         if stack.is_empty() || rows.is_empty() {
             return;
         }
-        self.empty = false;
         if let Some(group) = self
             .groups
             .iter_mut()
@@ -129,10 +136,8 @@ impl HookPlan {
             stack: Arc::clone(stack),
             rows: rows.collect(),
         });
-        for (index, site) in self.sites.iter_mut().enumerate() {
-            if stack.reads(index) {
-                site.scores.push(group);
-            }
+        for index in stack.sites() {
+            self.at_mut(index).scores.push(group);
         }
     }
 
@@ -149,9 +154,8 @@ impl HookPlan {
         if kind == (InterventionKind::Add { strength: 0.0 }) {
             return;
         }
-        self.empty = false;
         let index = self.site_index(site);
-        self.sites[index].steers.push(RowSteer {
+        self.at_mut(index).steers.push(RowSteer {
             row,
             kind,
             vector: Arc::clone(vector),
@@ -164,8 +168,7 @@ impl HookPlan {
         if rows.is_empty() {
             return;
         }
-        self.empty = false;
         let index = self.site_index(site);
-        self.sites[index].captures.push(CaptureRows { key, rows });
+        self.at_mut(index).captures.push(CaptureRows { key, rows });
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 use inwit_probes::{ScoreFailure, Site, TokenOutput};
 
-use super::plan::{HookPlan, InterventionKind, RowSteer};
+use super::plan::{HookPlan, InterventionKind, RowSteer, SitePlan};
 use crate::error::{Error, Result};
 use crate::model::host;
 use crate::model::kernels::{axpy, dot};
@@ -75,10 +75,10 @@ impl<'a> HookRun<'a> {
             return Ok(hidden);
         }
         let index = self.plan.site_index(site);
-        let actions = &self.plan.sites[index];
-        if actions.is_empty() {
+        self.fetch(index + 1);
+        let Some(actions) = self.plan.at(index) else {
             return Ok(hidden);
-        }
+        };
         let hidden = if actions.steers.is_empty() {
             hidden
         } else {
@@ -86,21 +86,31 @@ impl<'a> HookRun<'a> {
         };
         if !actions.scores.is_empty() || !actions.captures.is_empty() {
             let width = hidden.dim(1)?;
-            host::read(&hidden, |values| self.look(site, index, values, width))?;
+            host::read(&hidden, |values| {
+                self.look(site, index, actions, values, width);
+            })?;
         }
         Ok(hidden)
     }
 
-    fn look(&mut self, site: Site, index: usize, values: &[f32], width: usize) {
+    /// Asks for what the next site reads, while the layer between is computed.
+    fn fetch(&self, index: usize) {
+        let groups = self.plan.at(index).into_iter().flat_map(|at| &at.scores);
+        for group in groups {
+            self.plan.groups[*group].stack.fetch(index);
+        }
+    }
+
+    fn look(&mut self, site: Site, index: usize, actions: &SitePlan, values: &[f32], width: usize) {
         let plan = self.plan;
-        for group in &plan.sites[index].scores {
+        for group in &actions.scores {
             let stack = &plan.groups[*group].stack;
             let rows = self.scores[*group].chunks_exact_mut(stack.width());
             for (row, scores) in plan.groups[*group].rows.iter().zip(rows) {
                 stack.score(index, &values[row * width..(row + 1) * width], scores);
             }
         }
-        for capture in &plan.sites[index].captures {
+        for capture in &actions.captures {
             self.captured.push(Captured {
                 key: capture.key,
                 site,

@@ -1,16 +1,17 @@
 //! All probes of one snapshot, stacked by site: at each site one pass over a row's hidden state
 //! gives the outputs of every head that reads it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use inwit_probes::{Probe, ScoreFailure, Site, TokenOutput};
+use inwit_probes::{Probe, ScoreFailure, TokenOutput};
 
-use crate::model::kernels::{dot, l2_norm};
+use crate::model::kernels::{dot, l2_norm, prefetch};
 
 pub struct ProbeStack {
     probes: Vec<Arc<Probe>>,
-    /// Indexed by `Site::index`.
-    sites: Vec<Vec<StackedHead>>,
+    /// The sites that are read, by `Site::index`, in the order of a pass.
+    sites: BTreeMap<usize, Vec<StackedHead>>,
     /// For each probe, where each head's outputs lie in a row of scores.
     columns: Vec<Vec<std::ops::Range<usize>>>,
     width: usize,
@@ -29,8 +30,7 @@ struct StackedHead {
 impl ProbeStack {
     /// Every site of every probe must exist in a model of `n_layers` (`Probe::check_model`).
     pub fn new(probes: Vec<Arc<Probe>>, n_layers: usize) -> Self {
-        let mut sites: Vec<Vec<StackedHead>> =
-            (0..Site::count(n_layers)).map(|_| Vec::new()).collect();
+        let mut sites: BTreeMap<usize, Vec<StackedHead>> = BTreeMap::new();
         let mut width = 0;
         let columns = probes
             .iter()
@@ -40,7 +40,8 @@ impl ProbeStack {
                     .map(|head| {
                         let columns = width..width + head.out;
                         width = columns.end;
-                        sites[head.site.index(n_layers)].push(StackedHead {
+                        let of_site = sites.entry(head.site.index(n_layers)).or_default();
+                        of_site.push(StackedHead {
                             weight: head.weight,
                             bias: head.bias,
                             unit: head.unit,
@@ -72,13 +73,22 @@ impl ProbeStack {
         self.width
     }
 
-    pub(super) fn reads(&self, site_index: usize) -> bool {
-        !self.sites[site_index].is_empty()
+    /// The sites that are read, by `Site::index`.
+    pub(super) fn sites(&self) -> impl Iterator<Item = usize> {
+        self.sites.keys().copied()
+    }
+
+    /// Asks for the weights of a site that the pass is about to reach: they were last used a whole
+    /// pass of other weights ago.
+    pub(super) fn fetch(&self, site_index: usize) {
+        for head in self.sites.get(&site_index).into_iter().flatten() {
+            prefetch(&head.weight);
+        }
     }
 
     /// Scores one row's hidden state `[d_model]` at a site into its row of scores `[width]`.
     pub(super) fn score(&self, site_index: usize, hidden: &[f32], scores: &mut [f32]) {
-        for head in &self.sites[site_index] {
+        for head in self.sites.get(&site_index).into_iter().flatten() {
             let scale = if head.unit { l2_norm(hidden) } else { 1.0 };
             let rows = head.weight.chunks_exact(hidden.len());
             for (j, (weight, bias)) in rows.zip(&head.bias).enumerate() {
@@ -89,10 +99,7 @@ impl ProbeStack {
 
     /// What probe `probe` says of a row of scores. Every site of the probe must have been scored.
     pub fn finish(&self, probe: usize, scores: &[f32]) -> Result<TokenOutput, ScoreFailure> {
-        let outputs: Vec<&[f32]> = self.columns[probe]
-            .iter()
-            .map(|columns| &scores[columns.clone()])
-            .collect();
-        self.probes[probe].finish(&outputs)
+        let columns = self.columns[probe].iter();
+        self.probes[probe].finish(columns.map(|columns| &scores[columns.clone()]))
     }
 }

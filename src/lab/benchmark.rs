@@ -43,6 +43,7 @@ pub struct Settings {
     pub loaded: Loaded,
     pub threads: usize,
     pub step_token_budget: usize,
+    pub prefill_share: u8,
     pub seed: u64,
     #[serde(flatten)]
     pub sizes: Sizes,

@@ -109,9 +109,14 @@ pub enum DecisionStep {
 }
 
 /// One probe's output for one token, exactly: a failure must fail again.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+/// A record holds one per probe and token, so it takes no more room than it must.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "WrittenOutput", into = "WrittenOutput")]
-pub struct LoggedOutput(pub TokenOutput);
+pub struct LoggedOutput {
+    logit: f32,
+    /// `(value, key)` of each attention head, at most `MAX_ATTENTION_HEADS`.
+    heads: Box<[(f32, f32)]>,
+}
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -200,7 +205,7 @@ impl DecisionRecord {
 pub fn replay(policy: &Policy, record: &DecisionRecord) -> Result<Outcome> {
     let order = probe_order(policy, record)?;
     let arranged = |outputs: &[Option<LoggedOutput>]| -> Vec<Option<TokenOutput>> {
-        let output = |place: &Option<usize>| place.and_then(|i| *outputs.get(i)?);
+        let output = |place: &Option<usize>| outputs.get((*place)?)?.as_ref();
         order
             .iter()
             .map(|place| output(place).map(Into::into))
@@ -267,13 +272,20 @@ fn probe_order(policy: &Policy, record: &DecisionRecord) -> Result<Vec<Option<us
 
 impl From<TokenOutput> for LoggedOutput {
     fn from(output: TokenOutput) -> Self {
-        Self(output)
+        Self {
+            logit: output.logit,
+            heads: output.attention.pairs().into(),
+        }
     }
 }
 
-impl From<LoggedOutput> for TokenOutput {
-    fn from(LoggedOutput(output): LoggedOutput) -> Self {
-        output
+impl From<&LoggedOutput> for TokenOutput {
+    fn from(logged: &LoggedOutput) -> Self {
+        let heads = logged.heads.iter().copied();
+        Self {
+            logit: logged.logit,
+            attention: AttentionHeads::new(heads).unwrap_or_default(),
+        }
     }
 }
 
@@ -290,14 +302,14 @@ struct WrittenOutput {
 }
 
 impl From<LoggedOutput> for WrittenOutput {
-    fn from(LoggedOutput(TokenOutput { logit, attention }): LoggedOutput) -> Self {
+    fn from(LoggedOutput { logit, heads }: LoggedOutput) -> Self {
         let written = |heads: &[(f32, f32)]| {
             let pairs = heads.iter();
             pairs
                 .map(|(value, key)| [(*value).into(), (*key).into()])
                 .collect()
         };
-        let (key, heads) = match attention.pairs() {
+        let (key, heads) = match &*heads {
             [(_, key)] => (Some((*key).into()), Vec::new()),
             heads => (None, written(heads)),
         };
@@ -319,8 +331,8 @@ impl TryFrom<WrittenOutput> for LoggedOutput {
         let attention = AttentionHeads::new(pairs)
             .ok_or_else(|| format!("an output has at most {MAX_ATTENTION_HEADS} `heads`"))?;
         match written.key {
-            None => Ok(Self(TokenOutput { logit, attention })),
-            Some(key) if attention.is_empty() => Ok(Self(TokenOutput::keyed(logit, key.into()))),
+            None => Ok(TokenOutput { logit, attention }.into()),
+            Some(key) if attention.is_empty() => Ok(TokenOutput::keyed(logit, key.into()).into()),
             Some(_) => Err("an output has `key` or `heads`, not both".into()),
         }
     }
@@ -453,7 +465,7 @@ mod tests {
         let live = |outputs: &[Option<LoggedOutput>]| -> Vec<Option<TokenOutput>> {
             outputs
                 .iter()
-                .map(|output| output.map(Into::into))
+                .map(|output| output.as_ref().map(Into::into))
                 .collect()
         };
         for call in calls {
@@ -629,8 +641,9 @@ mod tests {
                 TokenOutput::keyed(logit, key),
                 TokenOutput { logit, attention },
             ] {
-                let text = serde_json::to_string(&LoggedOutput(output)).unwrap();
-                let LoggedOutput(back) = serde_json::from_str(&text).unwrap();
+                let text = serde_json::to_string(&LoggedOutput::from(output)).unwrap();
+                let back: LoggedOutput = serde_json::from_str(&text).unwrap();
+                let back = TokenOutput::from(&back);
                 prop_assert!(same(back.logit, logit), "{} became {}", logit, back.logit);
                 let (back, pairs) = (back.attention.pairs(), output.attention.pairs());
                 prop_assert_eq!(back.len(), pairs.len());
@@ -645,7 +658,7 @@ mod tests {
     fn an_output_with_one_key_is_read_and_written_as_it_always_was() {
         let text = r#"{"logit":1.5,"key":-0.25}"#;
         let output: LoggedOutput = serde_json::from_str(text).unwrap();
-        assert_eq!(output.0, TokenOutput::keyed(1.5, -0.25));
+        assert_eq!(TokenOutput::from(&output), TokenOutput::keyed(1.5, -0.25));
         assert_eq!(serde_json::to_string(&output).unwrap(), text);
     }
 

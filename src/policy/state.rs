@@ -68,6 +68,7 @@ pub struct PolicyState {
     action: Action,
 }
 
+/// Small, since every step brings those of every probe from memory: what is rare lies apart.
 #[derive(Clone, Debug)]
 struct DetectorState {
     gather: GatherState,
@@ -76,10 +77,10 @@ struct DetectorState {
     /// Nothing that comes can change the reading.
     is_final: bool,
     /// Of a `generated(k)` detector: the newest token up to `k`, 0 being the last prompt token.
-    newest: Option<Newest>,
+    newest: Option<Box<Newest>>,
     /// Of the same, the last prompt token: where a rewind goes back to.
-    at_prompt: Option<Newest>,
-    failure: Option<Failure>,
+    at_prompt: Option<Box<Newest>>,
+    failure: Option<Box<Failure>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -241,10 +242,10 @@ impl PolicyState {
                 Positions::EveryGenerated => false,
             };
             if let (false, Some(state)) = (keeps, self.detectors.get_mut(index)) {
-                let at_prompt = state.at_prompt;
+                let at_prompt = state.at_prompt.take();
                 *state = DetectorState::new(detector);
                 // The last prompt token is fed again; until then its old output stands.
-                state.at_prompt = at_prompt;
+                state.at_prompt.clone_from(&at_prompt);
                 state.newest = at_prompt;
             }
         }
@@ -451,19 +452,24 @@ impl DetectorState {
     }
 
     fn keep(&mut self, k: u32, position: u32, output: Option<TokenOutput>) {
-        self.newest = Some(Newest {
+        let newest = Newest {
             k,
             position,
             output,
-        });
+        };
+        match &mut self.newest {
+            Some(place) => **place = newest,
+            None => self.newest = Some(Box::new(newest)),
+        }
         if k == 0 {
-            self.at_prompt = self.newest;
+            self.at_prompt = Some(Box::new(newest));
         }
     }
 
     /// `needed`: the last token had to be observed, since a rule can still fire over it.
     fn read_newest(&mut self, tokens: u32, needed: bool) {
-        match self.newest.filter(|newest| newest.k == tokens) {
+        let newest = self.newest.take().filter(|newest| newest.k == tokens);
+        match newest {
             Some(newest) => self.take(newest.position, newest.output),
             None if !needed => {}
             // Another token's state is not what the probe was trained on.
@@ -480,11 +486,12 @@ impl DetectorState {
     }
 
     fn fail(&mut self, reason: String) {
-        let first = Failure {
-            reason,
-            reported: false,
-        };
-        self.failure.get_or_insert(first);
+        self.failure.get_or_insert_with(|| {
+            Box::new(Failure {
+                reason,
+                reported: false,
+            })
+        });
     }
 
     /// The failure, once.

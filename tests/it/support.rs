@@ -104,6 +104,7 @@ impl Rig {
             max_running: setup.max_running,
             max_waiting: setup.max_waiting,
             step_token_budget: setup.budget,
+            prefill_share: 100,
             kv_bytes: setup.kv_blocks * KvCache::block_bytes(model.decoder.config(), setup.kv),
             kv_type: setup.kv,
             threads: 1,

@@ -269,6 +269,7 @@ impl Default for Setup {
                 max_running: 8,
                 max_waiting: 8,
                 step_token_budget: 64,
+                prefill_share: 100,
                 kv_bytes: 16 << 20,
                 kv_type: KvType::F32,
                 threads: 1,

@@ -19,7 +19,8 @@ use super::pool::parallel;
 pub const KV_BLOCK: usize = 16;
 
 /// How many queries share one pass over the keys: of a prompt, and where there are few.
-const MANY: usize = 8;
+const MANY: usize = 12;
+const SOME: usize = 8;
 const FEW: usize = 4;
 
 /// The type that K and V are rounded to before any attention reads them.
@@ -226,16 +227,19 @@ fn attend_store<T: Stored>(
     spans: &[SpanRows<'_>],
     out: &mut [f32],
 ) {
+    let group = shape.heads / shape.kv_heads;
+    let rows = (MANY / group).max(1);
     let mut tasks = Vec::new();
     let mut work = 0;
     for span in spans {
         work += span.rows * (span.start + span.rows) * shape.heads * shape.head_dim;
-        for first in (0..span.rows).step_by(8) {
-            for kv_head in 0..shape.kv_heads {
+        // Head by head, so that what one task has fetched serves the next.
+        for kv_head in 0..shape.kv_heads {
+            for first in (0..span.rows).step_by(rows) {
                 tasks.push(Task {
                     span,
                     first,
-                    rows: 8.min(span.rows - first),
+                    rows: rows.min(span.rows - first),
                     kv_head,
                 });
             }
@@ -243,7 +247,6 @@ fn attend_store<T: Stored>(
     }
     let out = SharedOut(out.as_mut_ptr());
     let run = |task: &Task<'_>, scratch: &mut Vec<f32>| {
-        let group = shape.heads / shape.kv_heads;
         let queries: Vec<(usize, usize)> = (0..task.rows * group)
             .map(|i| (task.first + i / group, task.kv_head * group + i % group))
             .collect();
@@ -258,11 +261,12 @@ fn attend_store<T: Stored>(
             target.copy_from_slice(values);
         };
         for queries in queries.chunks(MANY) {
-            if queries.len() > FEW {
-                attend_queries::<T, MANY>(q, shape, store, task, queries, scratch, emit);
-            } else {
-                attend_queries::<T, FEW>(q, shape, store, task, queries, scratch, emit);
-            }
+            let attend = match queries.len() {
+                0..=FEW => attend_queries::<T, FEW>,
+                _ if queries.len() <= SOME => attend_queries::<T, SOME>,
+                _ => attend_queries::<T, MANY>,
+            };
+            attend(q, shape, store, task, queries, scratch, &emit);
         }
     };
     let run = |task: &Task<'_>| SCRATCH.with_borrow_mut(|scratch| run(task, scratch));
@@ -280,7 +284,7 @@ fn attend_queries<T: Stored, const N: usize>(
     task: &Task<'_>,
     queries: &[(usize, usize)],
     scratch: &mut Vec<f32>,
-    mut emit: impl FnMut(usize, usize, &[f32]),
+    emit: &dyn Fn(usize, usize, &[f32]),
 ) {
     let dim = shape.head_dim;
     let span = task.span;
@@ -378,7 +382,9 @@ fn score_blocks<T: Stored, const N: usize>(
     let end = width / KV_BLOCK;
     for block in (first_block..end).step_by(2) {
         let pair = [block, (block + 1).min(end - 1)];
-        let sums = score_pair(pair.map(|block| view.of(&store.keys, block)), tile);
+        let next = pair.map(|block| (block + 2).min(end - 1));
+        let keys = [pair, next].map(|pair| pair.map(|block| view.of(&store.keys, block)));
+        let sums = score_pair(keys, tile);
         for (block, sums) in pair.into_iter().zip(sums) {
             for (i, sums) in sums.iter().enumerate() {
                 let scores = &mut scores[i * width + block * KV_BLOCK..][..KV_BLOCK];
@@ -390,10 +396,10 @@ fn score_blocks<T: Stored, const N: usize>(
     }
 }
 
-/// `q.k` of `N` queries and the keys of two blocks.
+/// `q.k` of `N` queries and the keys of two blocks, while the next two are fetched from memory.
 #[inline]
 fn score_pair<T: Stored, const N: usize>(
-    keys: [&[T]; 2],
+    keys: [[&[T]; 2]; 2],
     tile: &[&[f32]; N],
 ) -> [[[f32; KV_BLOCK]; N]; 2] {
     #[cfg(target_arch = "x86_64")]
@@ -402,7 +408,7 @@ fn score_pair<T: Stored, const N: usize>(
         #[allow(unsafe_code)]
         return unsafe { avx512::score_pair(keys, tile) };
     }
-    score_pair_plain(keys, tile)
+    score_pair_plain(keys[0], tile)
 }
 
 /// The definition; the variant for AVX-512 gives the same bits.
@@ -531,20 +537,30 @@ mod avx512 {
         }
     }
 
+    /// Asks for what lies there: a block's numbers are too few for the processor to see them coming.
+    #[inline]
+    fn fetch<T>(from: *const T) {
+        // SAFETY: a hint, which no address can make fail.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) };
+    }
+
     #[target_feature(enable = "avx512f,fma")]
     pub(super) unsafe fn score_pair<T: Stored, const N: usize>(
-        keys: [&[T]; 2],
+        [keys, next]: [[&[T]; 2]; 2],
         tile: &[&[f32]; N],
     ) -> [[[f32; KV_BLOCK]; N]; 2] {
         let dim = tile[0].len();
         assert!(keys.iter().all(|keys| keys.len() >= dim * KV_BLOCK));
         assert!(tile.iter().all(|query| query.len() == dim));
         let queries = tile.map(<[f32]>::as_ptr);
-        let keys = keys.map(<[T]>::as_ptr);
+        let [keys, next] = [keys, next].map(|keys| keys.map(<[T]>::as_ptr));
         let mut sums = [[_mm512_setzero_ps(); N]; 2];
         for d in 0..dim {
             // SAFETY: `d` is inside each query, and sixteen keys per `d` are inside each block.
             unsafe {
+                for next in next {
+                    fetch(next.wrapping_add(d * KV_BLOCK));
+                }
                 let keys = keys.map(|keys| load(keys.add(d * KV_BLOCK)));
                 for i in 0..N {
                     let q = _mm512_set1_ps(*queries[i].add(d));
@@ -573,6 +589,7 @@ mod avx512 {
         assert!(dim.is_multiple_of(WIDTH) && out.len() >= N * dim);
         assert!(weights.iter().all(|weights| weights.len() >= positions.end));
         let weights = weights.map(<[f32]>::as_ptr);
+        let last = positions.end.saturating_sub(1);
         for first in (0..dim).step_by(WIDTH) {
             // `first` and 32 more are inside each of the `N` sums of `dim`.
             let at = |i: usize, half: usize| i * dim + first + half * 16;
@@ -587,7 +604,12 @@ mod avx512 {
             while position < positions.end {
                 let values = view.of(&store.values, position / KV_BLOCK);
                 let end = positions.end.min((position / KV_BLOCK + 1) * KV_BLOCK);
+                let next = view.of(&store.values, (end.min(last)) / KV_BLOCK);
                 for position in position..end {
+                    fetch(
+                        next.as_ptr()
+                            .wrapping_add(position % KV_BLOCK * dim + first),
+                    );
                     // SAFETY: a block holds sixteen positions of `dim` values, and every weight
                     // up to `positions.end` is there.
                     unsafe {
@@ -739,7 +761,7 @@ mod tests {
             let queries: [Vec<f32>; MANY] = std::array::from_fn(|i| seeded(dim, 5 + i as u32));
             let tile = queries.each_ref().map(Vec::as_slice);
             let keys = [view.of(&store.keys, 0), view.of(&store.keys, blocks.len() - 1)];
-            prop_assert_eq!(score_pair(keys, &tile), score_pair_plain(keys, &tile));
+            prop_assert_eq!(score_pair([keys, keys], &tile), score_pair_plain(keys, &tile));
             let weights: [Vec<f32>; MANY] =
                 std::array::from_fn(|i| seeded(positions, 50 + i as u32));
             let weights = weights.each_ref().map(Vec::as_slice);

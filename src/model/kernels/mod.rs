@@ -38,6 +38,21 @@ pub fn identity() -> &'static str {
     "fma-chain/portable"
 }
 
+/// Asks for `numbers` ahead of their use, where the machine can be asked.
+pub fn prefetch(numbers: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in numbers.chunks(16) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a hint, which no address can make fail.
+        #[allow(unsafe_code)]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = numbers;
+}
+
 /// A pointer to disjoint parts of one output, handed to the threads of one product.
 /// Each caller proves that its parts do not overlap.
 struct SharedOut<T>(*mut T);
