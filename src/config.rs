@@ -38,7 +38,7 @@ const DEFAULTS: [(&str, &str); 23] = [
     ("max_running", "16"),
     ("max_waiting", "64"),
     ("step_token_budget", "512"),
-    ("prefill_share", "50"),
+    ("prefill_share", "60"),
     ("kv_memory", "auto"),
     ("context_limit", "auto"),
     ("max_tokens_default", "512"),
@@ -141,7 +141,7 @@ pub struct Flags {
     #[arg(long, value_name = "TOKENS")]
     pub step_token_budget: Option<String>,
 
-    /// How much of a pass's time may go to prompts while other requests are being answered, 1 to 100 [default: 50]
+    /// How much of a pass's time may go to prompts while other requests are being answered, 1 to 100 [default: 60]
     #[arg(long, value_name = "PERCENT")]
     pub prefill_share: Option<String>,
 
