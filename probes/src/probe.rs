@@ -432,7 +432,7 @@ mod tests {
     }
 
     proptest! {
-    #[test]
+        #[test]
         fn folded_heads_agree_with_the_plain_definition(hidden in proptest::array::uniform3(-200.0_f32..200.0)) {
             prop_assume!(hidden.iter().any(|h| h.abs() > 1.0));
             for probe in [logistic(), attention(), several_heads(), two_layer()] {

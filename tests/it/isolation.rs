@@ -120,6 +120,11 @@ fn sixteen_at_once_get_bit_for_bit_what_each_gets_alone() {
 }
 
 #[test]
+fn so_do_they_where_prompts_take_a_share_of_the_time() {
+    check_in_company(Setup { share: 50, ..LLAMA }, &[64]);
+}
+
+#[test]
 fn so_do_they_on_a_model_with_windows_and_many_layers() {
     check_in_company(GEMMA, &[7, 100_000]);
 }

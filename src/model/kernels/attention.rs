@@ -519,6 +519,7 @@ mod avx512 {
     use std::arch::x86_64::*;
     use std::ops::Range;
 
+    use super::super::fetch_line;
     use super::{BlockView, KV_BLOCK, KvType, Store, Stored, WIDTH};
 
     /// Sixteen stored numbers as f32.
@@ -537,13 +538,6 @@ mod avx512 {
         }
     }
 
-    /// Asks for what lies there: a block's numbers are too few for the processor to see them coming.
-    #[inline]
-    fn fetch<T>(from: *const T) {
-        // SAFETY: a hint, which no address can make fail.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) };
-    }
-
     #[target_feature(enable = "avx512f,fma")]
     pub(super) unsafe fn score_pair<T: Stored, const N: usize>(
         [keys, next]: [[&[T]; 2]; 2],
@@ -558,8 +552,9 @@ mod avx512 {
         for d in 0..dim {
             // SAFETY: `d` is inside each query, and sixteen keys per `d` are inside each block.
             unsafe {
+                // A block's numbers are too few for the processor to see the next one's coming.
                 for next in next {
-                    fetch(next.wrapping_add(d * KV_BLOCK));
+                    fetch_line(next.wrapping_add(d * KV_BLOCK));
                 }
                 let keys = keys.map(|keys| load(keys.add(d * KV_BLOCK)));
                 for i in 0..N {
@@ -604,9 +599,9 @@ mod avx512 {
             while position < positions.end {
                 let values = view.of(&store.values, position / KV_BLOCK);
                 let end = positions.end.min((position / KV_BLOCK + 1) * KV_BLOCK);
-                let next = view.of(&store.values, (end.min(last)) / KV_BLOCK);
+                let next = view.of(&store.values, end.min(last) / KV_BLOCK);
                 for position in position..end {
-                    fetch(
+                    fetch_line(
                         next.as_ptr()
                             .wrapping_add(position % KV_BLOCK * dim + first),
                     );

@@ -132,6 +132,9 @@ pub fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
+/// 1.5 * 2^23: added to this, a small number keeps its nearest whole in the low bits, ties to even.
+pub(super) const ROUND: f32 = 12_582_912.0;
+
 /// `e^x` to about 1 unit in the last place; 0 far below, infinity far above, NaN for NaN.
 /// Range reduction by ln 2 and a degree-6 polynomial, without branches so that it vectorises.
 #[inline(always)]
@@ -149,9 +152,8 @@ pub(super) fn exp_inline(x: f32) -> f32 {
     p = r.mul_add(p, 0.5);
     p = r.mul_add(p, 1.0);
     p = r.mul_add(p, 1.0);
-    // A whole number stands in the low bits of its sum with 1.5 * 2^23: a cast would be done number
-    // by number. Of NaN nothing sensible comes; it is restored below.
-    let whole = (n + 12_582_912.0).to_bits();
+    // A cast would be done number by number. Of NaN nothing sensible comes; it is restored below.
+    let whole = (n + ROUND).to_bits();
     let scale = f32::from_bits(whole.wrapping_add(127) << 23);
     let value = p * scale;
     let value = if x < -87.3 { 0.0 } else { value };

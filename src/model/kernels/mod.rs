@@ -40,17 +40,25 @@ pub fn identity() -> &'static str {
 
 /// Asks for `numbers` ahead of their use, where the machine can be asked.
 pub fn prefetch(numbers: &[f32]) {
-    #[cfg(target_arch = "x86_64")]
     for line in numbers.chunks(16) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        fetch_line(line.as_ptr());
+    }
+}
+
+/// Asks for the 64 bytes around an address, which need not be one of ours.
+#[inline(always)]
+fn fetch_line<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a hint, which no address can make fail.
         #[allow(unsafe_code)]
         unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = numbers;
+    let _ = at;
 }
 
 /// A pointer to disjoint parts of one output, handed to the threads of one product.

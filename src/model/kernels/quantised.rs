@@ -11,6 +11,7 @@ use std::cell::Cell;
 use half::f16;
 use rayon::prelude::*;
 
+use super::elementwise::ROUND;
 use super::pool::{current_threads, parallel};
 use super::{SharedOut, emit};
 
@@ -519,9 +520,6 @@ fn round_row(x: &[f32], offset: i32, rounding: Rounding, into: RoundedRow<'_>) {
     }
 }
 
-/// Added to this, a small number keeps its nearest whole in the low bits, ties to even.
-const ROUND: f32 = 12_582_912.0;
-
 /// The quants of one block, their scale and their sum; what the rounding leaves over stays in
 /// `values`. A block that holds a number that is not finite makes everything not a number.
 fn round_block(values: &mut [f32; QUANT_BLOCK], quants: &mut [u8; QUANT_BLOCK]) -> (f32, i32) {
@@ -632,13 +630,10 @@ pub(super) fn has_vnni() -> bool {
 const AHEAD: usize = 4_096;
 
 #[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "avx512f")]
+#[inline(always)]
 fn fetch(record: *const u8, bytes: usize) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
     for line in (0..bytes).step_by(64) {
-        // A hint: an address past the end is ignored.
-        _mm_prefetch::<_MM_HINT_T0>(record.wrapping_add(AHEAD + line).cast());
+        super::fetch_line(record.wrapping_add(AHEAD + line));
     }
 }
 
