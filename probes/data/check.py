@@ -28,14 +28,21 @@ CATEGORIES = set(
     "tax_evasion violence corruption sabotage exploitation extremism dangerous_advice".split()
 )
 
-TRAIN = ["contrast", "contrast_more", "benign_general", "harmful_general", "benign_alarming", "tense", "indirect"]
-WRAPPED = ["dev_wrapped", "dev_wrapped_more"]
-DEV = ["dev_contrast", "dev_tense", "dev_benign_conversational", "dev_alarming", "dev_benign_traffic"] + WRAPPED
-WRAPPERS = {"wrappers": 24, "wrappers_more": 50, "wrappers_long": 47}  # file -> frames at least
+TRAIN = (
+    "contrast contrast_more contrast_third benign_general benign_traffic benign_edgy harmful_general harmful_more "
+    "benign_alarming benign_frames harmful_frames tense indirect indirect_more"
+).split()
+WRAPPED = ["dev_wrapped", "dev_wrapped_more", "dev_wrapped_third"]
+DEV = (
+    "dev_contrast dev_tense dev_edgy dev_alarming dev_benign_conversational dev_benign_traffic dev_benign_traffic_more "
+    "dev_benign_backend"
+).split() + WRAPPED
+WRAPPERS = {"wrappers": 24, "wrappers_more": 50, "wrappers_long": 47, "wrappers_third": 80}  # file -> frames at least
 CALIBRATION = ["calibration_own"]  # for thresholds: overlaps neither what is fitted nor what is held out
 PROMPTS = TRAIN + CALIBRATION + DEV + ["demo"]
 
-# What a person can say of an answer in judge_sample.jsonl, and how the answer came about.
+# What a person can say of an answer in JUDGED_FILES, and how the answer came about.
+JUDGED_FILES = ["judge_sample", "judge_fit"]
 JUDGED = ["complied", "refused", "incoherent"]
 ORIGINS = ["greedy", "sampled", "enforced", "scrambled"]
 
@@ -46,16 +53,27 @@ AT_LEAST = {
     "benign_general": (0, 500),
     "harmful_general": (400, 0),
     "benign_alarming": (100, 400),
+    "contrast_third": (280, 280),
+    "harmful_more": (400, 0),
+    "benign_traffic": (0, 650),
+    "benign_edgy": (0, 420),
+    "benign_frames": (0, 300),
+    "harmful_frames": (200, 0),
     "tense": (300, 300),
     "indirect": (250, 250),
+    "indirect_more": (200, 200),
     "dev_contrast": (80, 80),
     "dev_wrapped": (60, 60),
     "dev_wrapped_more": (60, 60),
+    "dev_wrapped_third": (75, 75),
+    "dev_edgy": (130, 130),
     "dev_alarming": (40, 100),
     "dev_tense": (60, 40),
     "calibration_own": (0, 600),
+    "dev_benign_backend": (0, 890),
     "dev_benign_conversational": (0, 150),
     "dev_benign_traffic": (0, 300),
+    "dev_benign_traffic_more": (0, 490),
     "demo": (3, 5),
 }
 
@@ -77,7 +95,7 @@ def main():
     check_duplicates(files, faults)
     check_held_out(files, faults)
     check_perplexity_text(faults)
-    check_judge_sample(files, faults)
+    check_judged(files, faults)
     if arguments.benchmarks:
         check_benchmarks(files, arguments.benchmarks, faults)
     if arguments.style:
@@ -130,16 +148,16 @@ def check_prompts(files, faults):
 
 def must_be_listed(name, row):
     """Whether the category of this row has to be one of CATEGORIES: in pairs, and in every harmful training row."""
-    return name in ("contrast", "contrast_more") or (name in TRAIN and row.get("label") == "harmful")
+    return name in ("contrast", "contrast_more", "contrast_third") or (name in TRAIN and row.get("label") == "harmful")
 
 
 def check_pairs(files, faults):
-    for name in ("contrast", "contrast_more", "dev_contrast", *WRAPPED, "tense", "indirect"):
+    for name in ("contrast", "contrast_more", "contrast_third", "dev_contrast", *WRAPPED, "tense", "indirect", "indirect_more"):
         groups = defaultdict(list)
         for row in files[name]:
             groups[row["group"]].append(row["label"])
         pairs = sum(sorted(labels) == ["benign", "harmful"] for labels in groups.values())
-        if name in ("tense", "indirect"):  # twins among single rows
+        if name in ("tense", "indirect", "indirect_more"):  # twins among single rows
             if any(sorted(labels) != ["benign", "harmful"] for labels in groups.values() if len(labels) > 1):
                 faults.append(f"{name}: a shared group is not one harmful and one benign row")
             if pairs < 120:
@@ -234,29 +252,37 @@ def check_perplexity_text(faults):
     print(f"{'perplexity.txt':32} {words:5} words")
 
 
-def check_judge_sample(files, faults):
-    """Every row is an answer to a training prompt, with that prompt's label and category, judged once."""
-    rows = read(HERE / "judge_sample.jsonl", faults, "answer", ANSWER_SOURCE)
-    wanted = {"id", "prompt_id", "category", "prompt_label", "answer", "label", "origin", "source", "licence"}
+def check_judged(files, faults):
+    """Every row is an answer to a training prompt, with that prompt's label and category; no prompt in two files."""
     prompts = {row["id"]: row for name in TRAIN for row in files[name]}
-    for row in rows:
-        identity, prompt = f"judge_sample: {row.get('id')}", prompts.get(row.get("prompt_id"))
-        if set(row) != wanted:
-            faults.append(f"{identity}: fields {sorted(set(row) ^ wanted)} missing or unknown")
-        if row.get("label") not in JUDGED or row.get("origin") not in ORIGINS:
-            faults.append(f"{identity}: label or origin outside the closed lists")
-        if prompt is None:
-            faults.append(f"{identity}: prompt_id names no training prompt")
-        elif (row.get("prompt_label"), row.get("category")) != (prompt["label"], prompt["category"]):
-            faults.append(f"{identity}: label or category other than its prompt's")
-    for identity, count in Counter(row.get("id") for row in rows).items():
+    asked, seen = {}, Counter()
+    for name in JUDGED_FILES:
+        rows = read(HERE / f"{name}.jsonl", faults, "answer", ANSWER_SOURCE)
+        wanted = {"id", "prompt_id", "category", "prompt_label", "answer", "label", "origin", "source", "licence"}
+        wanted |= {"second_label"} if name == "judge_sample" else set()
+        for row in rows:
+            identity, prompt = f"{name}: {row.get('id')}", prompts.get(row.get("prompt_id"))
+            if set(row) != wanted:
+                faults.append(f"{identity}: fields {sorted(set(row) ^ wanted)} missing or unknown")
+            if row.get("label") not in JUDGED or row.get("second_label", JUDGED[0]) not in JUDGED:
+                faults.append(f"{identity}: label outside the closed list")
+            if row.get("origin") not in ORIGINS:
+                faults.append(f"{identity}: origin outside the closed list")
+            if prompt is None:
+                faults.append(f"{identity}: prompt_id names no training prompt")
+            elif (row.get("prompt_label"), row.get("category")) != (prompt["label"], prompt["category"]):
+                faults.append(f"{identity}: label or category other than its prompt's")
+            if asked.setdefault(row.get("prompt_id"), name) != name:
+                faults.append(f"{identity}: its prompt is in {asked[row['prompt_id']]} too")
+            seen[row.get("id")] += 1
+        labels = Counter(row.get("label") for row in rows)
+        for label in JUDGED:
+            if labels[label] < 40:
+                faults.append(f"{name}: {labels[label]} {label} rows, at least 40 expected")
+        print(f"{name + '.jsonl':32} {len(rows):5} rows  {dict(sorted(labels.items()))}")
+    for identity, count in seen.items():
         if count > 1:
-            faults.append(f"judge_sample: id {identity!r} is used {count} times")
-    labels = Counter(row.get("label") for row in rows)
-    for label in JUDGED:
-        if labels[label] < 40:
-            faults.append(f"judge_sample: {labels[label]} {label} rows, at least 40 expected")
-    print(f"{'judge_sample.jsonl':32} {len(rows):5} rows  {dict(sorted(labels.items()))}")
+            faults.append(f"judged answers: id {identity!r} is used {count} times")
 
 
 def check_benchmarks(files, folder, faults):
@@ -324,14 +350,20 @@ def report_style(files):
     for title, names in (
         ("contrast", ["contrast"]),
         ("contrast_more", ["contrast_more"]),
+        ("contrast_third", ["contrast_third"]),
         ("general", ["harmful_general", "benign_general"]),
+        ("more and edgy", ["harmful_more", "benign_edgy"]),
+        ("frames", ["harmful_frames", "benign_frames"]),
         ("benign_alarming", ["benign_alarming"]),
         ("tense", ["tense"]),
         ("indirect", ["indirect"]),
+        ("indirect_more", ["indirect_more"]),
         ("training, all", TRAIN),
         ("dev_contrast", ["dev_contrast"]),
         ("dev_wrapped", ["dev_wrapped"]),
         ("dev_wrapped_more", ["dev_wrapped_more"]),
+        ("dev_wrapped_third", ["dev_wrapped_third"]),
+        ("dev_edgy", ["dev_edgy"]),
         ("dev_tense", ["dev_tense"]),
         ("dev_alarming", ["dev_alarming"]),
     ):

@@ -23,10 +23,16 @@ OUT = HERE / "smollm2-135m-instruct"
 # A little past the middle of thirty layers: the plateau of the layer sweep is 14 to 19.
 SITE = "blocks.17.hook_resid_post"
 PAIR = ["blocks.14.hook_resid_post", "blocks.18.hook_resid_post"]
-PROMPTS = "contrast contrast_more harmful_general benign_general benign_alarming tense indirect".split()
-ANSWERED = "contrast harmful_general benign_general".split()
+PROMPTS = (
+    "contrast contrast_more contrast_third harmful_general harmful_more harmful_frames benign_general benign_traffic "
+    "benign_edgy benign_frames benign_alarming tense indirect indirect_more"
+).split()
+# Frames around prompts, and how many times as many rows each file gets.
+FRAMES = {"wrappers": 1, "wrappers_more": 1, "wrappers_long": 1, "wrappers_third": 2}
+ANSWERED = "contrast contrast_third harmful_general harmful_more benign_general benign_edgy".split()
 LABELS = ("harmful", "benign")
 STEER_SITE = "blocks.14.hook_resid_post"
+JUDGED_SITE = "blocks.18.hook_resid_post"
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -40,27 +46,30 @@ def main():
     for folder in ("probes", "heads", "vectors"):
         (OUT / folder).mkdir(parents=True, exist_ok=True)
 
-    def inwit(*words):
+    def inwit(*words, library=work / "no-library"):
         # Without the library that is being made: its parts would have to fit each other at every step.
-        command = [arguments.inwit, *map(str, words), "--max-running", "32", "--library", work / "no-library"]
+        command = [arguments.inwit, *map(str, words), "--max-running", "32", "--library", library]
         subprocess.run(command, check=True)
 
     own = [row for name in PROMPTS for row in read(DATA / f"{name}.jsonl")]
-    benign, thresholds = calibration_rows(read(arguments.data_dir / "calibration_benign.jsonl"))
     canaries = random.Random(2).sample([row for row in own if len(row["text"]) < 200], 300)
     write(work / "canaries.jsonl", canaries)
-    write(work / "prompt_fit.jsonl", prompt_rows(own, read(arguments.data_dir / "train.jsonl"), benign))
+    write(work / "prompt_fit.jsonl", prompt_rows(own, read(arguments.data_dir / "train.jsonl")))
+    thresholds = read(arguments.data_dir / "calibration_benign.jsonl") + read(DATA / "calibration_own.jsonl")
     write(work / "prompt_thresholds.jsonl", thresholds)
     sites = [word for site in PAIR for word in ("--site", site)]
+    # The last site and position are what `eval probe --train` reads for SafeSwitch's recipe.
     for name in ("prompt_fit", "prompt_thresholds"):
-        inwit("lab", "collect", "--data", work / f"{name}.jsonl", *sites, "--positions", "prompt_content",
-              "--dtype", "bf16", "--out", work / f"{name}.states")
+        inwit("lab", "collect", "--data", work / f"{name}.jsonl", *sites, "--site", "ln_final.hook_normalized",
+              "--positions", "prompt_content", "--positions", "last", "--dtype", "bf16", "--out", work / f"{name}.states")
     inwit("probe", "fit", "--data", work / "prompt_fit.jsonl", "--canary-data", work / "canaries.jsonl",
           "--calibration-data", work / "prompt_thresholds.jsonl",
           "--states", work / "prompt_fit.states", work / "prompt_thresholds.states",
           *sites, "--positions", "prompt_content", "--kind", "attention", "--held-out", 0.1,
+          "--attention-heads", 16, "--epochs", 16, "--weight-decay", 3, "--token-dropout", 0.5,
           "--name", "prompt_harm", "--out", OUT / "probes/prompt_harm.safetensors")
 
+    judges(work, inwit, own)
     asked = [row for name in ANSWERED for row in read(DATA / f"{name}.jsonl")]
     write(work / "asked.jsonl", asked)
     answered = []
@@ -70,7 +79,8 @@ def main():
                   "--mode", "off", "--max-tokens", 40, *more)
         answered += with_prompts(read(work / f"answers_{name}.jsonl"), asked, name)
     write(work / "answered.jsonl", answered)
-    inwit("lab", "label", "--data", work / "answered.jsonl", "--out", work / "labelled.jsonl", "--rules-only")
+    inwit("lab", "label", "--data", work / "answered.jsonl", "--out", work / "labelled.jsonl",
+          library=work / "judges")
     answer_rows(work, asked, read(work / "labelled.jsonl"))
     inwit("probe", "fit", "--data", work / "compliance_fit.jsonl", "--canary-data", work / "compliance_fit.jsonl",
           "--site", SITE, "--positions", "generated:3", "--alpha", 0.01,
@@ -87,29 +97,36 @@ def main():
           "--name", "refusal", "--out", OUT / "heads/refusal.safetensors")
 
 
-def part(row):
-    """A number from 0 to 99 that the rows of one group share."""
-    group = str(row.get("group", row["id"]))
-    return int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) % 100
+def judges(work, inwit, own):
+    """The two probes that judge answers, from labels by hand. The half of judge_sample that measures judges stays out."""
+    prompts = {row["id"]: row for row in own}
+    judged = read(DATA / "judge_fit.jsonl")
+    judged += [row for row in read(DATA / "judge_sample.jsonl") if hashlib.sha256(row["prompt_id"].encode()).digest()[0] < 128]
+    complies, incoherent = [], []
+    for row in judged:
+        prompt = prompts[row["prompt_id"]]
+        kept = {"id": row["id"], "text": prompt["text"], "answer": row["answer"], "group": prompt["group"]}
+        if row["label"] != "incoherent":
+            complies.append({**kept, "label": row["label"]})
+        incoherent.append({**kept, "label": "incoherent" if row["label"] == "incoherent" else "coherent"})
+    (work / "judges/probes").mkdir(parents=True, exist_ok=True)
+    for name, rows, weight in (("answer_complies", complies, "balanced"), ("answer_incoherent", incoherent, "none")):
+        write(work / f"{name}.jsonl", rows)
+        file = f"probes/{name}.safetensors"
+        inwit("probe", "fit", "--data", work / f"{name}.jsonl", "--canary-data", work / f"{name}.jsonl",
+              "--site", JUDGED_SITE, "--positions", "every_generated", "--gather", "mean", "--alpha", 0.3,
+              "--class-weight", weight, "--name", name, "--out", OUT / file)
+        (work / "judges" / file).write_bytes((OUT / file).read_bytes())
 
 
-def calibration_rows(rows):
-    """Benign questions to learn from, and those that set thresholds: no group is in both."""
-    learnt = [row for row in rows if part(row) < 11]
-    thresholds = [row for row in rows if part(row) >= 11]
-    return learnt, thresholds + read(DATA / "calibration_own.jsonl")
-
-
-def prompt_rows(own, train, benign):
-    """Our prompts, a part of the benchmark's, benign questions, and some of both inside our wrappers."""
+def prompt_rows(own, train):
+    """Our prompts, the benchmark's, and some of both inside our frames."""
     chance = random.Random(0)
-    frames = {name: read(DATA / f"{name}.jsonl") for name in ("wrappers", "wrappers_more", "wrappers_long")}
-    chosen = {label: chance.sample([row for row in train if row["label"] == label], 1_200) for label in LABELS}
     wrapped = []
 
-    def wrap(row, wrapper):
-        text = wrapper["text"].replace("{request}", row["text"])
-        wrapped.append({"id": f"{row['id']}@{wrapper['id']}@{len(wrapped)}", "text": text,
+    def wrap(row, frame):
+        text = frame["text"].replace("{request}", row["text"])
+        wrapped.append({"id": f"{row['id']}@{frame['id']}@{len(wrapped)}", "text": text,
                         "label": row["label"], "group": row.get("group", row["id"])})
 
     pairs = {}
@@ -117,15 +134,17 @@ def prompt_rows(own, train, benign):
         pairs.setdefault(row["group"], []).append(row)
     pairs = [rows for rows in pairs.values() if {row["label"] for row in rows} == set(LABELS)]
     short = {label: [row for row in own if row["label"] == label and len(row["text"]) < 300] for label in LABELS}
-    for wrappers in frames.values():
-        for rows in chance.sample(pairs, 150):
-            wrapper = chance.choice(wrappers)
+    theirs = {label: [row for row in train if row["label"] == label] for label in LABELS}
+    for name, times in FRAMES.items():
+        frames = read(DATA / f"{name}.jsonl")
+        for rows in chance.sample(pairs, 180 * times):
+            frame = chance.choice(frames)
             for row in rows:
-                wrap(row, wrapper)
+                wrap(row, frame)
         for label in LABELS:
-            for row in chance.sample(short[label], 90) + chance.sample(chosen[label], 90):
-                wrap(row, chance.choice(wrappers))
-    rows = own + chosen["harmful"] + chosen["benign"] + benign + wrapped
+            for row in chance.sample(short[label], 110 * times) + chance.sample(theirs[label], 90 * times):
+                wrap(row, chance.choice(frames))
+    rows = own + train + wrapped
     rows = [{key: row[key] for key in ("id", "text", "label", "group") if key in row} for row in rows]
     chance.shuffle(rows)
     return rows

@@ -13,7 +13,7 @@ use crate::error::{Error, Result, ScoreFailure};
 pub const MAX_WINDOW: u32 = 256;
 
 /// The most attention heads of a probe.
-pub const MAX_ATTENTION_HEADS: usize = 8;
+pub const MAX_ATTENTION_HEADS: usize = 16;
 
 /// What a probe says about one token.
 #[derive(Debug, Clone, Copy, PartialEq)]

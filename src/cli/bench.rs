@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::Exit;
+use super::bench_grpc::grpc;
 use super::open::{ModelArgs, load_model, size};
 use super::progress::Progress;
 use super::terminal::{note, print};
@@ -23,7 +24,7 @@ use crate::lab::workload;
 use crate::model::kernels::ComputePool;
 use crate::registry::ModelIds;
 
-/// Writes {"machine","commit","settings","rows","added","prefix","long_prompt","memory","peak_rss_bytes"};
+/// Writes {"machine","commit","settings","rows","added","prefix","long_prompt","grpc","memory","peak_rss_bytes"};
 /// rows are {"name","streams","monitor","tokens_per_second","p50_ms","p99_ms"}.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -36,7 +37,7 @@ pub(super) struct Args {
         long,
         value_name = "PARTS",
         value_delimiter = ',',
-        default_value = "memory,throughput,prefix,long-prompt,added"
+        default_value = "memory,throughput,prefix,long-prompt,grpc,added"
     )]
     parts: Vec<Part>,
     /// Pairs of a step without and a step with monitoring [default: 2000]
@@ -79,12 +80,16 @@ enum Part {
     Prefix,
     /// A long prompt that arrives among streams
     LongPrompt,
+    /// The same answers in process and as gRPC streams, with the most of --streams
+    Grpc,
     /// What monitoring adds to a decode step
     Added,
 }
 
 /// Tokens of context beside a long prompt: what follows it.
 const BESIDE: usize = 64;
+/// Most tokens of a prompt that is asked in process and over gRPC.
+const GRPC_PROMPT: usize = 384;
 const QUICK_PAIRS: u32 = 8;
 const PAIRS: u32 = 2000;
 
@@ -145,6 +150,7 @@ async fn measure(args: &Args) -> Result<Report> {
         added: Vec::new(),
         prefix: None,
         long_prompt: None,
+        grpc: None,
         memory: None,
         peak_rss_bytes: None,
     };
@@ -175,6 +181,16 @@ async fn measure(args: &Args) -> Result<Report> {
             report.long_prompt = Some(bench.on(sizes).long_prompt().await?);
         }
         bench.stop().await?;
+    }
+    if args.wants(Part::Grpc) {
+        let streams = args.most_streams();
+        let longest = GRPC_PROMPT + sizes.answer_tokens;
+        let bench = Bench::start(sized(&base, streams, longest), args.seed, &mut report).await?;
+        if bench.has_room("grpc", longest) {
+            report.grpc = Some(grpc(&bench.on(sizes), streams, args.seed).await?);
+        }
+        bench.stop().await?;
+        note("grpc: measured");
     }
     if args.wants(Part::Added) {
         let config = base.clone();
@@ -395,6 +411,18 @@ fn tables(report: &Report) -> String {
             long.among_ms,
             long.alone_ms,
             long.among_over_alone,
+        ));
+    }
+    if let Some(grpc) = &report.grpc {
+        let [low, high] = grpc.interval_percent;
+        text.push_str(&format!(
+            "\n{} streams, {} tokens: {:.0} tokens/s in process, {:.0} over gRPC: {:.1} % \
+             (95 % {low:.1} to {high:.1} %)\n",
+            grpc.streams,
+            grpc.tokens,
+            grpc.in_process_tokens_per_second,
+            grpc.grpc_tokens_per_second,
+            grpc.percent_of_in_process,
         ));
     }
     if let Some((memory, peak)) = report

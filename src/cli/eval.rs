@@ -1,6 +1,7 @@
 //! `inwit eval`: measures a probe or a policy on labelled sets, beside what it must beat.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Subcommand;
 use comfy_table::{Table, presets};
@@ -8,6 +9,7 @@ use inwit_probes::GatherChoice;
 use serde::Serialize;
 
 use super::Exit;
+use super::judges::JudgeArgs;
 use super::open::{ModelArgs, ticking};
 use super::paths;
 use super::probe::command_line;
@@ -19,7 +21,6 @@ use crate::lab::eval::page::{Page, Section};
 use crate::lab::eval::probe::{Options, evaluate, find};
 use crate::lab::eval::trial::Setting;
 use crate::lab::eval::{html, layers, policy, policy_page, probe_page};
-use crate::lab::judge::{Judge, RuleJudge};
 use crate::lab::output::WholeFile;
 use crate::lab::rows;
 
@@ -55,6 +56,10 @@ pub(super) struct ProbeArgs {
     /// The sweep.json of `inwit probe sweep`, for the layer curve
     #[arg(long, value_name = "FILE")]
     sweep_json: Option<PathBuf>,
+    /// Folders of `lab collect`: where one holds the states of a file given here, they are read
+    /// from it instead of running the model
+    #[arg(long, value_name = "FOLDER", num_args = 1..)]
+    states: Vec<PathBuf>,
     #[command(flatten)]
     outputs: Outputs,
     #[command(flatten)]
@@ -81,13 +86,8 @@ pub(super) struct PolicyArgs {
     /// Of the bootstrap
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// The model that judges beside the rules: a file, a folder or a known name
-    /// [default: the one of --model]
-    #[arg(long, value_name = "MODEL")]
-    judge_model: Option<String>,
-    /// Judge by the rules alone
-    #[arg(long, conflicts_with = "judge_model")]
-    rules_only: bool,
+    #[command(flatten)]
+    judges: JudgeArgs,
     #[command(flatten)]
     outputs: Outputs,
     #[command(flatten)]
@@ -158,7 +158,8 @@ async fn probe(args: ProbeArgs) -> Result<Exit> {
         .collect();
     let opened = args.outputs.open(&data)?;
     let sweep = args.sweep_json.as_deref().map(layers::read).transpose()?;
-    let bench = args.model.bench(Some("off"), Some("off")).await?;
+    let mut bench = args.model.bench(Some("off"), Some("off")).await?;
+    bench.use_states(&args.states, &data)?;
     let subject = find(&bench, &args.probe)?;
     let options = Options {
         gather: args.gather,
@@ -182,16 +183,9 @@ async fn probe(args: ProbeArgs) -> Result<Exit> {
 async fn policy(args: PolicyArgs) -> Result<Exit> {
     let data: Vec<&Path> = args.data.iter().map(PathBuf::as_path).collect();
     let opened = args.outputs.open(&data)?;
-    let bench = args
-        .model
-        .bench(Some("enforce"), Some(&args.policy))
-        .await?;
-    let mut judges: Vec<Box<dyn Judge>> = vec![Box::new(RuleJudge)];
-    if !args.rules_only {
-        judges.push(Box::new(
-            args.model.judge(args.judge_model.as_deref()).await?,
-        ));
-    }
+    let bench = args.model.bench(Some("enforce"), Some(&args.policy));
+    let bench = Arc::new(bench.await?);
+    let judges = args.judges.open(&args.model, Some(&bench)).await?;
     let mut settings = vec![Setting {
         name: "greedy".into(),
         temperature: None,

@@ -3,14 +3,15 @@
 use std::path::PathBuf;
 
 use super::Exit;
+use super::judges::JudgeArgs;
 use super::open::{ModelArgs, ticking};
 use super::paths;
 use super::probe::table;
 use super::progress::Progress;
 use super::terminal::print;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::lab::judge::Verdict;
 use crate::lab::judge::agreement::{Confusion, Share};
-use crate::lab::judge::{Judge, RuleJudge, Verdict};
 use crate::lab::label::{Measured, Summary, label, measure};
 
 /// Rows of the output keep prompt, answer, group and category, and gain `label` (complied, refused,
@@ -23,13 +24,8 @@ pub(super) struct Args {
     /// Where to write the labelled rows
     #[arg(long, value_name = "FILE", requires = "data")]
     out: Option<PathBuf>,
-    /// The model that judges beside the rules: a file, a folder or a known name
-    /// [default: the one of --model]
-    #[arg(long, value_name = "MODEL")]
-    judge_model: Option<String>,
-    /// Judge by the rules alone
-    #[arg(long, conflicts_with = "judge_model")]
-    rules_only: bool,
+    #[command(flatten)]
+    judges: JudgeArgs,
     /// Measure every judge on JSON lines with `prompt_id`, `answer` and a `label` by hand; the
     /// prompts lie in the same folder
     #[arg(long, value_name = "FILE", required_unless_present = "data")]
@@ -42,12 +38,7 @@ pub(super) async fn run(args: Args) -> Result<Exit> {
     if let (Some(data), Some(out)) = (&args.data, &args.out) {
         drop(paths::open(out, &[data])?);
     }
-    let mut judges: Vec<Box<dyn Judge>> = vec![Box::new(RuleJudge)];
-    if !args.rules_only {
-        judges.push(Box::new(
-            args.model.judge(args.judge_model.as_deref()).await?,
-        ));
-    }
+    let judges = args.judges.open(&args.model, None).await?;
     let mut progress = Progress::new("answers");
     let mut tick = ticking(&mut progress);
     let mut tables = Vec::new();
@@ -142,19 +133,6 @@ fn summarised(summary: &Summary) -> Vec<String> {
         format!("{first} and {second}: {}\n", agreement(&pair.confusion))
     });
     vec![format!("{counts}\n\n{}", pairs.collect::<String>())]
-}
-
-impl ModelArgs {
-    /// A model that judges: `model`, or the one that these settings name, run as they say.
-    pub(super) async fn judge(&self, model: Option<&str>) -> Result<crate::lab::judge::ModelJudge> {
-        let bench = self.with_model(model).bench(Some("off"), Some("off")).await;
-        let bench = bench.map_err(|error| match (error, model) {
-            (Error::Config(message), Some(_)) => Error::Config(format!("--judge-model: {message}")),
-            (error, _) => error,
-        })?;
-        let name = crate::lab::fit::identity(&bench).name;
-        crate::lab::judge::ModelJudge::new(name, bench)
-    }
 }
 
 #[cfg(test)]

@@ -2,12 +2,15 @@
 //! Knows the terminal and exit codes; the work is done elsewhere.
 
 mod bench;
+mod bench_grpc;
 mod capture;
 mod chat;
 mod collect;
+mod curve;
 mod demo;
 mod eval;
 mod generate;
+mod judges;
 mod lab;
 mod label;
 mod load;
@@ -240,6 +243,10 @@ mod tests {
              --kind lda --shrinkage 0.2 --states s t --out sweep",
         );
         check_parses(
+            "inwit probe curve --data a.jsonl --dev b.jsonl --site hook_embed --shares 0.5,1 \
+             --kind attention --positions prompt_content --out curve",
+        );
+        check_parses(
             "inwit probe threshold p.safetensors --target-fpr 0.01 --data b.jsonl --gather max \
              --out q.safetensors",
         );
@@ -262,8 +269,8 @@ mod tests {
             "inwit lab collect --data a.jsonl --site hook_embed --site ln_final.hook_normalized \
              --positions last --positions generated:3 --dtype bf16 --out states",
         );
-        check_parses("inwit lab label --data a.jsonl --out b.jsonl --judge-model m.gguf");
-        check_parses("inwit lab label --hand-labelled s.jsonl --rules-only");
+        check_parses("inwit lab label --data a.jsonl --out b.jsonl --judge rules --judge m.gguf");
+        check_parses("inwit lab label --hand-labelled s.jsonl --judge rules");
         check_parses("inwit demo");
         check_parses(
             "inwit eval probe prompt_harm --data a.jsonl b.jsonl --train t.jsonl --gather attention \
@@ -271,7 +278,7 @@ mod tests {
         );
         check_parses(
             "inwit eval policy default --data a.jsonl --temperature 0.7 --seeds 5 --max-tokens 64 \
-             --judge-model m.gguf --report r.html",
+             --judge m.gguf --report r.html",
         );
     }
 
@@ -307,11 +314,7 @@ mod tests {
             "--in-place",
         );
         check_refused("inwit lab label --data a.jsonl", "--out");
-        check_refused("inwit lab label --rules-only", "--hand-labelled");
-        check_refused(
-            "inwit lab label --data a --out b --rules-only --judge-model m",
-            "--judge-model",
-        );
+        check_refused("inwit lab label --judge rules", "--hand-labelled");
         check_refused(
             "inwit lab collect --data a --site hook_embed --out b",
             "--positions",

@@ -7,6 +7,7 @@ use clap::Subcommand;
 use comfy_table::{Table, presets};
 use inwit_probes::{Gather, Kind, Manifest, OperatingPoint, Positions, Probe, Site};
 
+use super::curve::CurveArgs;
 use super::open::{ModelArgs, ticking};
 use super::paths;
 use super::progress::Progress;
@@ -25,6 +26,8 @@ pub(super) enum Command {
     Fit(Box<FitArgs>),
     /// Fit a probe at one site after another and measure each: which layer tells the classes apart
     Sweep(Box<SweepArgs>),
+    /// Fit a probe on growing shares of its rows and measure each: whether more rows would help
+    Curve(Box<CurveArgs>),
     /// Set a probe's threshold for a false-positive rate, on benign prompts
     Threshold(Box<ThresholdArgs>),
     /// Print what a probe file says about itself
@@ -36,8 +39,8 @@ pub(super) enum Command {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct FitArgs {
-    /// JSON lines with `label`: harmful or benign, or complied or refused; rows with the same
-    /// `group` are never torn apart
+    /// JSON lines with `label`: harmful or benign, complied or refused, or incoherent or coherent;
+    /// rows with the same `group` are never torn apart
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Where to read, e.g. blocks.16.hook_resid_post; several are read together
@@ -80,6 +83,7 @@ pub(super) fn run(command: Command) -> Result<Exit> {
     match command {
         Command::Fit(args) => wait(run_fit(*args)),
         Command::Sweep(args) => wait(super::sweep::run(*args)),
+        Command::Curve(args) => wait(super::curve::run(*args)),
         Command::Threshold(args) => wait(super::threshold::run(*args)),
         Command::Show { file } => show(&file),
     }

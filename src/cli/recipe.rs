@@ -1,4 +1,4 @@
-//! The flags that say how a probe is fitted, the same for `probe fit` and `probe sweep`.
+//! The flags that say how a probe is fitted, the same for `probe fit`, `sweep` and `curve`.
 
 use clap::ValueEnum;
 use inwit_probes::fit::ClassWeight;
@@ -26,7 +26,7 @@ pub(super) struct RecipeArgs {
     /// Units between the layers of two_layer [default: 64]
     #[arg(long, value_name = "UNITS")]
     pub hidden: Option<usize>,
-    /// Attention heads over the same tokens, 1 to 8 [default: 8]
+    /// Attention heads over the same tokens, 1 to 16 [default: 8]
     #[arg(long, value_name = "HEADS")]
     pub attention_heads: Option<usize>,
     /// Steps in which attention's learning rate rises, before it falls to 0 [default: 50]

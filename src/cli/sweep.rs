@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use inwit_probes::{Gather, Kind, Metric, Positions};
+use inwit_probes::{DataRecord, Gather, Kind, Metric, Positions};
 
 use super::Exit;
 use super::open::{ModelArgs, ticking};
@@ -14,7 +14,7 @@ use super::terminal::{note, print};
 use crate::error::{Error, Result};
 use crate::lab::layer_plot;
 use crate::lab::scored::Ranking;
-use crate::lab::sweep::{MOST_STATES, Options, SiteChoice, Sweep, sweep};
+use crate::lab::sweep::{MOST_STATES, Options, Rankings, SiteChoice, Sweep, sweep};
 
 /// One penalty for every site, since a search at each takes twenty times as long.
 const ALPHA: f64 = 0.01;
@@ -101,27 +101,38 @@ fn title(found: &Sweep) -> String {
 }
 
 fn tabled(found: &Sweep) -> String {
-    let mut header = vec!["site", "held-out AUROC", "held-out TPR at 1 % FPR"];
-    header.extend(found.dev.iter().map(|data| data.name.as_str()));
-    if found.dev.len() > 1 {
+    let rows = found.sites.iter();
+    let rows = rows.map(|row| (row.site.to_string(), &row.rankings));
+    ranked("site", &found.dev, rows)
+}
+
+/// A line for each fit, named in the first column.
+pub(super) fn ranked<'a>(
+    first: &str,
+    dev: &[DataRecord],
+    fits: impl Iterator<Item = (String, &'a Rankings)>,
+) -> String {
+    let mut header = vec![first, "held-out AUROC", "held-out TPR at 1 % FPR"];
+    header.extend(dev.iter().map(|data| data.name.as_str()));
+    if dev.len() > 1 {
         header.extend(["together", "together TPR at 1 %"]);
-    } else if found.dev.len() == 1 {
+    } else if dev.len() == 1 {
         header.push("its TPR at 1 %");
     }
     let mut rows = table(&header);
-    for row in &found.sites {
+    for (name, fit) in fits {
         let mut cells = vec![
-            row.site.to_string(),
-            told(Some(&row.held_out.auroc)),
-            told(row.held_out.tpr_at_one_percent.as_ref()),
+            name,
+            told(Some(&fit.held_out.auroc)),
+            told(fit.held_out.tpr_at_one_percent.as_ref()),
         ];
         let auroc = |ranking: &Option<Ranking>| told(ranking.as_ref().map(|r| &r.auroc));
-        cells.extend(row.dev.iter().map(auroc));
-        let together = row.dev_together.as_ref();
-        if found.dev.len() > 1 {
+        cells.extend(fit.dev.iter().map(auroc));
+        let together = fit.dev_together.as_ref();
+        if dev.len() > 1 {
             cells.push(told(together.map(|ranking| &ranking.auroc)));
         }
-        if !found.dev.is_empty() {
+        if !dev.is_empty() {
             cells.push(told(together.and_then(|r| r.tpr_at_one_percent.as_ref())));
         }
         rows.add_row(cells);
@@ -155,9 +166,11 @@ fn summarise(found: &Sweep) {
             found.sites.len()
         ));
     }
-    let stopped = found.sites.iter().filter(|row| !row.remarks.is_empty());
-    for row in stopped {
-        note(&format!("{}: {}", row.site, row.remarks.join(" ")));
+    for row in &found.sites {
+        let remarks = &row.rankings.remarks;
+        if !remarks.is_empty() {
+            note(&format!("{}: {}", row.site, remarks.join(" ")));
+        }
     }
     if found.passes > 1 {
         note(&format!(

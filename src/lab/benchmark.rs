@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::machine::peak_rss;
 use super::monitoring::{Monitor, Monitoring, POLICY};
 use super::paired::AddedRow;
-use super::statistics::{median, percentile};
+use super::statistics::{Alternation, added, median, percentile};
 use super::workload;
 use crate::engine::event::Event;
 use crate::engine::handle::{Engine, Events};
@@ -31,6 +31,7 @@ pub struct Report {
     pub added: Vec<AddedRow>,
     pub prefix: Option<Prefix>,
     pub long_prompt: Option<LongPrompt>,
+    pub grpc: Option<Grpc>,
     pub memory: Option<Memory>,
     /// Of the whole run, in bytes.
     pub peak_rss_bytes: Option<u64>,
@@ -149,6 +150,43 @@ pub struct LongPrompt {
     pub alone_ms: f64,
     pub among_ms: f64,
     pub among_over_alone: f64,
+}
+
+/// The same answers read through the engine's handle and as gRPC streams of the same process, over a
+/// socket of this machine.
+#[derive(Clone, Debug, Serialize)]
+pub struct Grpc {
+    pub streams: usize,
+    /// Of all answers of one run.
+    pub tokens: usize,
+    pub in_process_tokens_per_second: f64,
+    pub grpc_tokens_per_second: f64,
+    pub percent_of_in_process: f64,
+    /// Bootstrap 95 % over alternations of in process, gRPC, gRPC, in process.
+    pub interval_percent: [f64; 2],
+}
+
+impl Grpc {
+    /// From the whole runs' times; none without an alternation.
+    pub fn of(
+        streams: usize,
+        tokens: usize,
+        alternations: &[Alternation],
+        seed: u64,
+    ) -> Option<Self> {
+        let added = added(alternations, seed)?;
+        let share = |added: f64| 100.0 / (1.0 + added / 100.0);
+        let in_process = tokens as f64 / added.base_us * 1e6;
+        let [low, high] = added.interval_percent;
+        Some(Self {
+            streams,
+            tokens,
+            in_process_tokens_per_second: in_process,
+            grpc_tokens_per_second: in_process * share(added.added_percent) / 100.0,
+            percent_of_in_process: share(added.added_percent),
+            interval_percent: [share(high), share(low)],
+        })
+    }
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -345,6 +383,25 @@ impl Benchmark<'_> {
         try_join_all(events.into_iter().map(|events| watch(events, origin))).await
     }
 
+    /// How long it takes to answer all of these prompts at once, in microseconds, and the tokens of
+    /// all answers.
+    pub async fn answer_all(&self, prompts: &[String]) -> Result<(f64, usize)> {
+        let draft = |prompt: &String| Draft {
+            skip_prefix_cache: false,
+            ..self.drafted(
+                PromptDraft::RawText(prompt.clone()),
+                self.sizes.answer_tokens,
+            )
+        };
+        let origin = Instant::now();
+        let events = prompts.iter().map(|prompt| self.submit(draft(prompt)));
+        let events: Vec<Events> = events.collect::<Result<_>>()?;
+        let answers = try_join_all(events.into_iter().map(|events| watch(events, origin))).await?;
+        let taken = milliseconds(origin.elapsed()) * 1e3;
+        let tokens = answers.iter().flat_map(|answer| &answer.0);
+        Ok((taken, tokens.map(|(_, tokens)| tokens).sum()))
+    }
+
     fn tokens(&self, start: usize, count: usize) -> Result<Vec<u32>> {
         workload::tokens(self.engine.tokenizer(), start, count)
     }
@@ -362,10 +419,7 @@ impl Benchmark<'_> {
         rows: usize,
         monitor: Monitor,
     ) -> Draft {
-        let mut draft = Draft::of(PromptDraft::Tokens(prompt));
-        draft.skip_prefix_cache = true;
-        draft.sampling.max_tokens = u32::try_from(answer).ok();
-        draft.monitor.mode = Some(Mode::Off);
+        let mut draft = self.drafted(PromptDraft::Tokens(prompt), answer);
         match monitor {
             Monitor::Off => {}
             Monitor::Probes => {
@@ -386,6 +440,15 @@ impl Benchmark<'_> {
                 });
             }
         }
+        draft
+    }
+
+    /// Nothing is monitored.
+    fn drafted(&self, prompt: PromptDraft, answer: usize) -> Draft {
+        let mut draft = Draft::of(prompt);
+        draft.skip_prefix_cache = true;
+        draft.sampling.max_tokens = u32::try_from(answer).ok();
+        draft.monitor.mode = Some(Mode::Off);
         draft
     }
 
@@ -547,6 +610,24 @@ mod tests {
         assert_eq!((together.tokens, together.time), (0, Duration::ZERO));
         let row = row("decode", 2, Monitor::Off, f64::NAN, together.gaps);
         assert_eq!((row.tokens_per_second, row.p99_ms), (0.0, 0.0));
+    }
+
+    #[test]
+    fn a_stream_s_share_of_the_throughput_is_that_of_the_times() {
+        let steady = Alternation {
+            base: [1e6; 2],
+            variant: [1.25e6; 2],
+        };
+        let grpc = Grpc::of(16, 2000, &[steady; 3], 0).expect("alternated");
+        assert!((grpc.in_process_tokens_per_second - 2000.0).abs() < 1e-6);
+        assert!((grpc.grpc_tokens_per_second - 1600.0).abs() < 1e-6);
+        assert!((grpc.percent_of_in_process - 80.0).abs() < 1e-9);
+        assert!(
+            grpc.interval_percent
+                .iter()
+                .all(|end| (end - 80.0).abs() < 1e-9)
+        );
+        assert!(Grpc::of(16, 2000, &[], 0).is_none());
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 /// A row as a probe sees it.
 #[derive(Clone, Debug)]
 pub struct Example {
-    /// Harmful, or complied.
+    /// Harmful, complied, or incoherent.
     pub positive: bool,
     pub group: String,
     /// At the positions that the probe reads.
@@ -29,18 +29,58 @@ pub struct Example {
     pub tokens: Vec<u32>,
 }
 
+/// What the labels of a file are about; the first word of each pair is the positive one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Labels {
+    /// `harmful` or `benign`
+    Prompts,
+    /// `complied` or `refused`
+    Answers,
+    /// `incoherent` or `coherent`
+    Coherence,
+}
+
+impl Labels {
+    const ALL: [Self; 3] = [Self::Prompts, Self::Answers, Self::Coherence];
+
+    pub fn positive(self) -> &'static str {
+        match self {
+            Self::Prompts => "harmful",
+            Self::Answers => "complied",
+            Self::Coherence => "incoherent",
+        }
+    }
+
+    pub fn negative(self) -> &'static str {
+        match self {
+            Self::Prompts => "benign",
+            Self::Answers => "refused",
+            Self::Coherence => "coherent",
+        }
+    }
+
+    /// What a label is about, and whether it is the positive one.
+    pub fn of(label: &str) -> Option<(Self, bool)> {
+        Self::ALL.into_iter().find_map(|kind| match label {
+            _ if label == kind.positive() => Some((kind, true)),
+            _ if label == kind.negative() => Some((kind, false)),
+            _ => None,
+        })
+    }
+}
+
 /// The rows of a labelled file, and what they have in common.
 #[derive(Clone, Debug)]
 pub struct Labelled {
     pub file: String,
     pub rows: Vec<Row>,
-    /// One per row: harmful, or complied.
+    /// One per row: harmful, complied, or incoherent.
     pub positives: Vec<bool>,
     pub record: DataRecord,
 }
 
 impl Labelled {
-    /// Reads a file whose rows are labelled `harmful` or `benign`, or `complied` or `refused`.
+    /// Reads a file whose rows are labelled by one pair of `Labels`.
     ///
     /// A probe that reads answers needs an `answer` in every row.
     pub fn read(path: &Path, positions: Positions) -> Result<Self> {
@@ -54,7 +94,10 @@ impl Labelled {
     /// harmful or complied is an error.
     pub fn read_benign(path: &Path, positions: Positions) -> Result<Self> {
         let rows = rows::read(path)?;
-        let benign = |row: &&Row| matches!(row.label.as_deref(), None | Some("benign" | "refused"));
+        let benign = |row: &&Row| match row.label.as_deref() {
+            None => true,
+            Some(label) => matches!(Labels::of(label), Some((_, false))),
+        };
         if let Some(row) = rows.iter().find(|row| !benign(row)) {
             let message = "must be benign: it sets thresholds";
             return Err(at(&path.display().to_string(), row.line, message));
@@ -288,21 +331,23 @@ fn tokens(request: &Request) -> Vec<u32> {
 }
 
 fn labels(file: &str, rows: &[Row]) -> Result<Vec<bool>> {
-    let mut kinds = [false; 2];
+    let mut first = None;
     let mut label = |row: &Row| {
-        let (kind, positive) = match row.label.as_deref() {
-            Some("harmful") => (0, true),
-            Some("benign") => (0, false),
-            Some("complied") => (1, true),
-            Some("refused") => (1, false),
-            _ => {
-                let message = "needs a `label`: harmful or benign, or complied or refused";
-                return Err(at(file, row.line, message));
-            }
+        let Some((kind, positive)) = row.label.as_deref().and_then(Labels::of) else {
+            let pairs =
+                Labels::ALL.map(|kind| format!("{} or {}", kind.positive(), kind.negative()));
+            let message = format!("needs a `label`: {}", pairs.join(", or "));
+            return Err(at(file, row.line, message));
         };
-        kinds[kind] = true;
-        if kinds == [true, true] {
-            let message = "mixes harmful/benign with complied/refused; fit one probe for each";
+        let first = *first.get_or_insert(kind);
+        if first != kind {
+            let message = format!(
+                "mixes {}/{} with {}/{}; fit one probe for each",
+                first.positive(),
+                first.negative(),
+                kind.positive(),
+                kind.negative()
+            );
             return Err(at(file, row.line, message));
         }
         Ok(positive)

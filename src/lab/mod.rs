@@ -8,6 +8,7 @@ pub mod capture;
 pub mod capture_file;
 pub mod collect;
 pub mod collected;
+pub mod curve;
 pub mod eval;
 pub mod examples;
 pub mod fit;

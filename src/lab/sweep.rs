@@ -66,6 +66,13 @@ pub struct Sweep {
 #[derive(Clone, Debug, Serialize)]
 pub struct SiteRow {
     pub site: Site,
+    #[serde(flatten)]
+    pub rankings: Rankings,
+}
+
+/// How one fitted probe ranks what its fit never saw.
+#[derive(Clone, Debug, Serialize)]
+pub struct Rankings {
     pub held_out: Ranking,
     /// Per development file, in the order given; null where it holds one class only.
     pub dev: Vec<Option<Ranking>>,
@@ -175,13 +182,13 @@ pub async fn sweep(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<S
 impl Sweep {
     /// The site with the highest AUROC on the development files together, else on held-out rows.
     pub fn highest(&self) -> Option<&SiteRow> {
-        let by = |row: &&SiteRow| row.judged_by().auroc.value;
+        let by = |row: &&SiteRow| row.rankings.judged_by().auroc.value;
         self.sites.iter().max_by(|a, b| by(a).total_cmp(&by(b)))
     }
 
     /// Sites whose interval reaches into that of the highest: these data do not tell them apart.
     pub fn not_told_apart(&self) -> usize {
-        let interval = |row: &SiteRow| row.judged_by().auroc.interval;
+        let interval = |row: &SiteRow| row.rankings.judged_by().auroc.interval;
         let Some([low, _]) = self.highest().and_then(interval) else {
             return self.sites.len();
         };
@@ -190,7 +197,7 @@ impl Sweep {
     }
 }
 
-impl SiteRow {
+impl Rankings {
     fn judged_by(&self) -> &Ranking {
         self.dev_together.as_ref().unwrap_or(&self.held_out)
     }
@@ -201,7 +208,7 @@ fn sites_at_once(most: u64, per_site: u64, sites: usize) -> usize {
     usize::try_from(fit).unwrap_or(usize::MAX).clamp(1, sites)
 }
 
-async fn collect(
+pub(super) async fn collect(
     bench: &Bench,
     rows: &Labelled,
     sites: &[Site],
@@ -217,16 +224,16 @@ async fn collect(
     Ok(examples)
 }
 
-/// Some sites of the sweep, with all that is needed to fit them.
-struct Pass {
-    sites: Vec<Site>,
-    d_model: usize,
-    model: ModelIdentity,
-    positions: Positions,
-    recipe: Recipe,
-    rest: Vec<Example>,
-    held_out: Vec<Example>,
-    dev: Vec<Vec<Example>>,
+/// States at some sites, with all that is needed to fit and to measure there.
+pub(super) struct Pass {
+    pub sites: Vec<Site>,
+    pub d_model: usize,
+    pub model: ModelIdentity,
+    pub positions: Positions,
+    pub recipe: Recipe,
+    pub rest: Vec<Example>,
+    pub held_out: Vec<Example>,
+    pub dev: Vec<Vec<Example>>,
 }
 
 impl Pass {
@@ -242,7 +249,15 @@ impl Pass {
             },
             error => error,
         };
-        let learnt = learn(&self.recipe, &[site], &self.readings(&self.rest)).map_err(named)?;
+        Ok(SiteRow {
+            site,
+            rankings: self.fitted(&[site], &self.rest).map_err(named)?,
+        })
+    }
+
+    /// Fits one probe over the sites on `rest`, and measures it.
+    pub(super) fn fitted(&self, sites: &[Site], rest: &[Example]) -> Result<Rankings> {
+        let learnt = learn(&self.recipe, sites, &self.readings(rest))?;
         let (kind, gather, seed) = (self.recipe.kind, self.recipe.gather, self.recipe.seed);
         let mut manifest = Manifest::new(
             "sweep",
@@ -265,8 +280,7 @@ impl Pass {
             });
             together.extend(scored);
         }
-        Ok(SiteRow {
-            site,
+        Ok(Rankings {
             held_out: Ranking::of(&held_out, &gather, seed)?,
             dev_together: match together.is_empty() {
                 true => None,
@@ -293,13 +307,13 @@ pub fn ends(metric: &Metric) -> [f64; 3] {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use inwit_probes::Kind;
 
     use super::*;
     use crate::lab::learn::tests as tiny;
 
-    fn pass(kind: Kind, gather: Gather) -> Pass {
+    pub(in crate::lab) fn pass(kind: Kind, gather: Gather) -> Pass {
         let (rest, held_out) = split(tiny::examples(240), 1, 0.2);
         Pass {
             sites: tiny::sites(),
@@ -353,7 +367,7 @@ mod tests {
             // The classes differ at the second site only.
             assert_eq!(found.highest().expect("a site").site, tiny::sites()[1]);
             assert_eq!(found.not_told_apart(), 1, "{kind:?}");
-            assert!(found.sites[0].held_out.auroc.value < 0.8);
+            assert!(found.sites[0].rankings.held_out.auroc.value < 0.8);
         }
     }
 
@@ -365,9 +379,9 @@ mod tests {
             .partition(|example| example.positive && example.group.len() == 2);
         pass.dev = vec![harmful, both];
         let row = pass.at(tiny::sites()[1]).expect("sweeps");
-        assert!(row.dev[0].is_none() && row.dev[1].is_some());
-        let found = sweep_of(vec![row]);
-        assert!(found.highest().expect("a site").dev_together.is_some());
+        let rankings = &row.rankings;
+        assert!(rankings.dev[0].is_none() && rankings.dev[1].is_some());
+        assert!(rankings.dev_together.is_some());
     }
 
     #[test]

@@ -24,6 +24,13 @@ pub fn tokens(tokenizer: &Tokenizer, start: usize, count: usize) -> Result<Vec<u
     Ok(prose.into_iter().cycle().skip(first).take(count).collect())
 }
 
+/// So many different questions about so many words each.
+pub fn questions(seed: u64, count: usize, words: usize) -> Vec<String> {
+    let mut seeded = Seeded::new(seed);
+    let numbered = |number: usize| format!("{number}. {}", question(&mut seeded, words));
+    (1..=count).map(numbered).collect()
+}
+
 /// A question about `words` words of shuffled prose.
 pub(crate) fn question(seeded: &mut Seeded, words: usize) -> String {
     const TASKS: [&str; 4] = [
@@ -43,6 +50,13 @@ pub(crate) fn question(seeded: &mut Seeded, words: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_two_questions_are_alike() {
+        let asked = questions(7, 40, 12);
+        let different: std::collections::HashSet<&String> = asked.iter().collect();
+        assert_eq!(different.len(), 40);
+    }
 
     #[test]
     fn a_question_has_its_length_and_repeats_for_a_seed() {

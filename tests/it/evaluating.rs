@@ -245,7 +245,7 @@ fn a_policy_is_measured_against_itself_switched_off() {
     bench.data("prompts.jsonl", 6, 6);
     bench.done(
         "eval policy default --library library --data prompts.jsonl --seeds 2 --max-tokens 6 \
-         --rules-only --json r.json --report r.html --log log.md",
+         --judge rules --json r.json --report r.html --log log.md",
     );
     let report = bench.json("r.json");
     assert!(!report.to_string().contains(SECRET), "a prompt in the file");

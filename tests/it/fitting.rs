@@ -202,6 +202,38 @@ fn a_sweep_measures_every_layer_and_draws_it() {
 }
 
 #[test]
+fn a_curve_measures_growing_shares_of_the_rows_and_draws_them() {
+    let bench = Bench::new();
+    let curve = |shares: &str| {
+        format!(
+            "probe curve --data train.jsonl --dev dev.jsonl --site {EARLY} --kind lda \
+             --positions prompt_content --gather mean --shares {shares} --out curve"
+        )
+    };
+    let table = bench.done(&curve("1,0.25"));
+    assert!(table.contains("dev.jsonl"), "{table}");
+    let found = read(&bench.path("curve/curve.json"));
+    let points = found["points"].as_array().unwrap();
+    let rows: Vec<u64> = points
+        .iter()
+        .filter_map(|point| point["rows"].as_u64())
+        .collect();
+    let held_out = found["rows_held_out"].as_u64().unwrap();
+    assert!(rows.len() == 2 && rows[0] < rows[1] / 3, "{rows:?}");
+    assert_eq!(rows[1] + held_out, 120);
+    for point in points {
+        assert!(
+            point["dev_together"]["auroc"]["value"].is_number(),
+            "{point}"
+        );
+    }
+    let picture = std::fs::read_to_string(bench.path("curve/curve.svg")).unwrap();
+    assert!(picture.contains("rows learnt from") && picture.contains("dev.jsonl"));
+    bench.refused(&curve("0,1"), "above 0");
+    bench.refused(&curve("0.5,0.5"), "twice");
+}
+
+#[test]
 fn a_threshold_is_set_where_it_is_asked_for_and_nowhere_else() {
     let bench = Bench::new();
     let rest = format!("--site {EARLY} --kind lda --gather mean --gather cumulative_log_odds");

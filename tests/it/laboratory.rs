@@ -203,7 +203,7 @@ fn answers_are_labelled_by_rules_and_a_model_and_both_are_measured() {
             .collect()
     };
 
-    let output = label(&["--rules-only"]);
+    let output = label(&["--judge", "rules"]);
     assert!(output.status.success(), "{}", told(&output));
     for (row, (id, _, expected)) in read().iter().zip(answers) {
         assert_eq!((&row["id"], &row["label"]), (&json!(id), &json!(expected)));
@@ -215,7 +215,7 @@ fn answers_are_labelled_by_rules_and_a_model_and_both_are_measured() {
         "{table}"
     );
 
-    let output = label(&["--judge-model", model.to_str().unwrap()]);
+    let output = label(&["--judge", "rules", "--judge", model.to_str().unwrap()]);
     assert!(output.status.success(), "{}", told(&output));
     let rows = read();
     for row in &rows {
@@ -231,7 +231,7 @@ fn answers_are_labelled_by_rules_and_a_model_and_both_are_measured() {
         };
         assert_eq!(&row["label"], expected);
     }
-    let again = label(&["--judge-model", model.to_str().unwrap()]);
+    let again = label(&["--judge", "rules", "--judge", model.to_str().unwrap()]);
     assert_eq!(read(), rows, "{}", told(&again));
     let table = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(table.contains("kappa"), "{table}");

@@ -96,10 +96,14 @@ fn a_benchmark_writes_every_row_that_readers_of_its_file_rely_on() {
         &report["long_prompt"],
         &["during_p99_ms", "before_p50_ms", "alone_ms", "among_ms"],
     );
+    let grpc = &report["grpc"];
+    numbers(grpc, &["tokens", "percent_of_in_process"]);
+    assert_eq!(grpc["streams"], 3);
+    assert!(grpc["tokens"].as_u64().unwrap() > 0, "{grpc}");
     numbers(&report["memory"], &["streams", "tokens"]);
     let table = String::from_utf8_lossy(&output.stdout);
     assert!(
-        table.contains("tokens/s") && table.contains("added us"),
+        table.contains("over gRPC") && table.contains("added us"),
         "{table}"
     );
 }

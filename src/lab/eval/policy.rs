@@ -10,10 +10,11 @@ use super::effect::{Effect, LEAST_FOR_A_PERCENTAGE, Outcome, Paired};
 use super::ledger::{Entry, Ledger};
 use super::measure::{Rate, Sample};
 use super::report::Configuration;
-use super::set::{EvalSet, Labels};
+use super::set::EvalSet;
 use super::trial::{self, Pair, Setting, Trial};
 use crate::error::{Error, Result};
 use crate::lab::bench::{Bench, Tick};
+use crate::lab::examples::Labels;
 use crate::lab::judge::Judge;
 use crate::policy::Action;
 
@@ -135,7 +136,7 @@ pub async fn evaluate(
 fn prompts(set: EvalSet) -> Result<EvalSet> {
     match set.labels {
         Labels::Prompts => Ok(set),
-        Labels::Answers => Err(Error::file(
+        Labels::Answers | Labels::Coherence => Err(Error::file(
             &set.labelled.file,
             "labels answers; a policy is evaluated on prompts that are harmful or benign",
         )),

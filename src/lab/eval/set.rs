@@ -6,7 +6,7 @@ use std::path::Path;
 use inwit_probes::Positions;
 
 use crate::error::{Error, Result};
-use crate::lab::examples::Labelled;
+use crate::lab::examples::{Labelled, Labels};
 use crate::lab::rows::{Row, RowPrompt};
 
 /// A labelled file. Rows without a `group` are groups of their own.
@@ -18,39 +18,13 @@ pub struct EvalSet {
     pub groups: Vec<String>,
 }
 
-/// What the labels of a file are about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Labels {
-    /// `harmful` or `benign`
-    Prompts,
-    /// `complied` or `refused`
-    Answers,
-}
-
-impl Labels {
-    pub fn positive(self) -> &'static str {
-        match self {
-            Self::Prompts => "harmful",
-            Self::Answers => "complied",
-        }
-    }
-
-    pub fn negative(self) -> &'static str {
-        match self {
-            Self::Prompts => "benign",
-            Self::Answers => "refused",
-        }
-    }
-}
-
 impl EvalSet {
     /// Reads a file for a probe at `positions`; one that reads answers needs them in every row.
     pub fn read(path: &Path, positions: Positions) -> Result<Self> {
         let labelled = Labelled::read(path, positions)?;
-        let labels = match labelled.rows[0].label.as_deref() {
-            Some("harmful" | "benign") => Labels::Prompts,
-            _ => Labels::Answers,
-        };
+        let first = labelled.rows[0].label.as_deref().and_then(Labels::of);
+        let (labels, _) =
+            first.ok_or_else(|| Error::internal("a labelled file without a label"))?;
         let group = |row: &Row| row.group.clone().unwrap_or_else(|| row.id.clone());
         Ok(Self {
             groups: labelled.rows.iter().map(group).collect(),

@@ -3,6 +3,7 @@
 
 pub mod agreement;
 mod model;
+mod probes;
 mod rules;
 
 use std::fmt;
@@ -12,6 +13,7 @@ use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
 pub use model::ModelJudge;
+pub use probes::ProbeJudge;
 pub use rules::RuleJudge;
 
 use super::rows::RowPrompt;
