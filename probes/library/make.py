@@ -6,7 +6,7 @@
 FOLDER of --data-dir holds train.jsonl and calibration_benign.jsonl: benchmark prompts, which stay out
 of this repository (see ../data/README.md). What is made lands in smollm2-135m-instruct/ beside this
 file; what was made on the way (prompts, states, answers, labels) stays in --work, and a run that was
-interrupted goes on with it. All of it takes about half an hour on two cores.
+interrupted goes on with it. All of it takes about three quarters of an hour on two cores.
 Every choice here was made on training rows and on ../data/dev_*; no test file is read.
 """
 
@@ -85,7 +85,7 @@ def main():
     inwit("probe", "fit", "--data", work / "compliance_fit.jsonl", "--canary-data", work / "compliance_fit.jsonl",
           "--site", SITE, "--positions", "generated:3", "--alpha", 0.01,
           "--name", "compliance", "--out", OUT / "probes/compliance.safetensors")
-    inwit("probe", "fit", "--data", work / "response_fit.jsonl", "--canary-data", work / "response_fit.jsonl",
+    inwit("probe", "fit", "--data", work / "response_fit.jsonl", "--canary-data", work / "response_canaries.jsonl",
           *sites, "--positions", "every_generated", "--gather", "max", "--gather", "mean",
           "--gather", "ema{0.2}", "--alpha", 0.01,
           "--name", "response_harm", "--out", OUT / "probes/response_harm.safetensors")
@@ -187,7 +187,7 @@ def answer_rows(work, asked, answers):
         row = {"id": prompt["id"] + "-refused", "text": prompt["text"], "group": prompt["group"]}
         begun = " ".join(text.split()[:10])
         compliance.append({**row, "answer": begun, "label": "refused", "asked_harm": True})
-        if i < 200:
+        if i < 300:
             response.append({**row, "answer": text, "label": "benign"})
 
     complied = [row for row in compliance if row["label"] == "complied"]
@@ -202,10 +202,11 @@ def answer_rows(work, asked, answers):
     harmless = [row for row in response if row["label"] == "benign"]
     chance.shuffle(harms)
     chance.shuffle(harmless)
-    response = harms[:500] + harmless[:620]
+    response = harms[:1_200] + harmless[:1_400]
     chance.shuffle(response)
     write(work / "compliance_fit.jsonl", compliance)
     write(work / "response_fit.jsonl", response)
+    write(work / "response_canaries.jsonl", response[:200])
 
     keep = ("id", "text", "label", "group", "category")
     write(work / "head_harmful.jsonl", [{key: row[key] for key in keep} for row in harmful[:320]])
