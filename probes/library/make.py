@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the library that ships for SmolLM2-135M-Instruct: three probes, a refusal head, a vector.
+"""Makes the library that ships for SmolLM2-135M-Instruct: five probes, a refusal head, a vector.
 
     python3 probes/library/make.py --inwit target/release/inwit --data-dir FOLDER --work FOLDER
 

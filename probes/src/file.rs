@@ -112,6 +112,7 @@ fn read_prober(contents: &mut Contents, hidden: usize) -> Result<TwoLayer> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gather::MAX_ATTENTION_HEADS;
     use crate::testing::{
         attention, logistic, several_heads, two_layer, with_header, with_manifest, with_value,
     };
@@ -381,11 +382,12 @@ mod tests {
 
     #[test]
     fn attention_heads_are_pairs_and_not_too_many() {
-        for out in [1, 3, 18] {
+        for out in [1, 3, 2 * MAX_ATTENTION_HEADS + 2] {
             let (manifest, mut heads, _) = attention().into_parts();
             heads[0] = crate::testing::head(heads[0].site, out, InputNorm::None);
             let error = Probe::new(manifest, heads, None).unwrap_err().to_string();
-            assert!(error.contains("1 to 8 attention heads"), "{error}");
+            let most = format!("1 to {MAX_ATTENTION_HEADS} attention heads");
+            assert!(error.contains(&most), "{error}");
         }
     }
 

@@ -509,7 +509,7 @@ mod tests {
         })
     }
 
-    /// Tokens of a probe with one to eight attention heads.
+    /// Tokens of a probe with as many attention heads as there may be, or fewer.
     fn outputs(range: f32) -> impl Strategy<Value = Vec<TokenOutput>> {
         let pair = move || (-range..range, -range..range);
         let token = move |heads: usize| {

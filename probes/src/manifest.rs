@@ -698,7 +698,7 @@ mod tests {
     }
 
     #[test]
-    fn attention_has_a_value_and_a_key_for_each_of_one_to_eight_heads() {
+    fn attention_has_a_value_and_a_key_for_each_head() {
         let manifest = |outs: &[usize]| {
             let mut manifest = crate::testing::attention().manifest().clone();
             let head = manifest.heads[0].clone();
@@ -716,7 +716,7 @@ mod tests {
         }
         for (outs, field, reason) in [
             (&[5][..], "heads[0].out", "is 5"),
-            (&[18], "heads[0].out", "1 to 8 attention heads"),
+            (&[34], "heads[0].out", "1 to 16 attention heads"),
             (&[4, 2], "heads[1].out", "needs 4 in every head"),
         ] {
             let message = manifest(outs).check().unwrap_err().to_string();

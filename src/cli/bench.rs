@@ -188,9 +188,9 @@ async fn measure(args: &Args) -> Result<Report> {
         let bench = Bench::start(sized(&base, streams, longest), args.seed, &mut report).await?;
         if bench.has_room("grpc", longest) {
             report.grpc = Some(grpc(&bench.on(sizes), streams, args.seed).await?);
+            note("grpc: measured");
         }
         bench.stop().await?;
-        note("grpc: measured");
     }
     if args.wants(Part::Added) {
         let config = base.clone();

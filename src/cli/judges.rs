@@ -24,12 +24,8 @@ impl JudgeArgs {
         bench: Option<&Arc<Bench>>,
     ) -> Result<Vec<Box<dyn Judge>>> {
         let mut judges: Vec<Box<dyn Judge>> = Vec::new();
-        for (index, name) in self.judges.iter().enumerate() {
-            if self.judges[..index].contains(name) {
-                let message = format!("`{}` is named twice", name.escape_debug());
-                return Err(Error::invalid("--judge", message));
-            }
-            judges.push(match name.as_str() {
+        for name in &self.judges {
+            let judge: Box<dyn Judge> = match name.as_str() {
                 "rules" => Box::new(RuleJudge),
                 "probes" => {
                     let bench = match bench {
@@ -39,7 +35,13 @@ impl JudgeArgs {
                     Box::new(ProbeJudge::new(bench)?)
                 }
                 name => Box::new(asked(model, name).await?),
-            });
+            };
+            // Verdicts are told apart by it.
+            if judges.iter().any(|other| other.name() == judge.name()) {
+                let message = format!("two judges are called `{}`; leave one out", judge.name());
+                return Err(Error::invalid("--judge", message));
+            }
+            judges.push(judge);
         }
         Ok(judges)
     }

@@ -668,7 +668,10 @@ mod tests {
             let error = serde_json::from_str::<LoggedOutput>(text).unwrap_err();
             assert!(error.to_string().contains(reason), "{error}");
         };
-        let many = format!(r#"{{"logit":0.0,"heads":[{}[1,1]]}}"#, "[1,1],".repeat(MAX_ATTENTION_HEADS));
+        let many = format!(
+            r#"{{"logit":0.0,"heads":[{}[1,1]]}}"#,
+            "[1,1],".repeat(MAX_ATTENTION_HEADS)
+        );
         refused(&many, &format!("at most {MAX_ATTENTION_HEADS}"));
         refused(
             r#"{"logit":0.0,"key":1.0,"heads":[[1,1],[1,1]]}"#,

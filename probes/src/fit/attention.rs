@@ -609,7 +609,7 @@ mod tests {
             assert!(error.to_string().contains(field), "{error}");
         };
         check(|p| p.heads = 0, "attention_heads");
-        check(|p| p.heads = 9, "attention_heads");
+        check(|p| p.heads = MAX_ATTENTION_HEADS + 1, "attention_heads");
         check(|p| p.token_dropout = 1.0, "token_dropout");
         check(|p| p.token_dropout = f32::NAN, "token_dropout");
         check(|p| p.batch = 0, "batch");

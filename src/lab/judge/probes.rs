@@ -104,7 +104,11 @@ impl Half {
         let calibration = self.probe.manifest().calibration(&self.gather);
         let calibration = calibration.map_err(|error| Error::internal(&error))?;
         let logit = scored.gathered(&self.gather);
-        Ok(logit.is_some_and(|logit| calibration.probability(logit) > 0.5))
+        let logit = logit.ok_or_else(|| Error::FailedPrecondition {
+            subject: "judge".into(),
+            message: format!("{} has no score for an answer", self.probe.name()),
+        })?;
+        Ok(calibration.probability(logit) > 0.5)
     }
 }
 
