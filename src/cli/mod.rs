@@ -23,6 +23,7 @@ mod recipe;
 mod score;
 mod serve;
 pub mod server;
+mod study;
 mod sweep;
 mod terminal;
 mod threshold;

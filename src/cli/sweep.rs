@@ -1,18 +1,15 @@
 //! `inwit probe sweep`: which site tells the classes apart, as a table, JSON and a plot.
 
-use std::path::{Path, PathBuf};
-
-use inwit_probes::{DataRecord, Gather, Kind, Metric, Positions};
+use inwit_probes::{DataRecord, Kind, Metric};
 
 use super::Exit;
-use super::open::{ModelArgs, ticking};
-use super::paths;
-use super::probe::{command_line, positions, table};
+use super::open::ticking;
+use super::probe::{command_line, table};
 use super::progress::Progress;
-use super::recipe::RecipeArgs;
+use super::study::{Opened, StudyArgs};
 use super::terminal::{note, print};
-use crate::error::{Error, Result};
-use crate::lab::layer_plot;
+use crate::error::Result;
+use crate::lab::ranking_plot;
 use crate::lab::scored::Ranking;
 use crate::lab::sweep::{MOST_STATES, Options, Rankings, SiteChoice, Sweep, sweep};
 
@@ -21,12 +18,6 @@ const ALPHA: f64 = 0.01;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct SweepArgs {
-    /// JSON lines with `label`, as `probe fit` takes them; a fifth of the groups is held out
-    #[arg(long, value_name = "FILE")]
-    data: PathBuf,
-    /// Labelled files to measure every site on that no fit reads; several may be given
-    #[arg(long, value_name = "FILE", num_args = 1..)]
-    dev: Vec<PathBuf>,
     /// Sites, separated by commas, or every layer's of a name: all-resid_post, all-resid_mid,
     /// all-resid_pre, all-attn_out, all-mlp_out
     #[arg(
@@ -36,45 +27,25 @@ pub(super) struct SweepArgs {
         default_value = "all-resid_post"
     )]
     sites: Vec<SiteChoice>,
-    /// last, prompt_content, generated:K or every_generated; the last two need `answer` in the data
-    #[arg(long, value_parser = positions, default_value = "last")]
-    positions: Positions,
-    /// How token logits become the request's: last, max, mean, ema{0.2}, k_of_n{2,8},
-    /// cumulative_log_odds or attention [default: last, or attention]
-    #[arg(long, value_name = "GATHER")]
-    gather: Option<Gather>,
-    /// Folder for sweep.json and sweep.svg; it is made if need be
-    #[arg(long, value_name = "FOLDER")]
-    out: PathBuf,
-    /// Folders of `lab collect`: where one holds the states of a file given here, they are read
-    /// instead of running the model; several may be given
-    #[arg(long, value_name = "FOLDER", num_args = 1..)]
-    states: Vec<PathBuf>,
     #[command(flatten)]
-    recipe: RecipeArgs,
-    #[command(flatten)]
-    model: ModelArgs,
+    study: StudyArgs,
 }
 
 pub(super) async fn run(args: SweepArgs) -> Result<Exit> {
-    std::fs::create_dir_all(&args.out)
-        .map_err(|error| Error::file(args.out.display(), format!("cannot be made: {error}")))?;
-    let mut data: Vec<&Path> = vec![&args.data];
-    data.extend(args.dev.iter().map(PathBuf::as_path));
-    let mut json = paths::open(&args.out.join("sweep.json"), &data)?;
-    let mut svg = paths::open(&args.out.join("sweep.svg"), &data)?;
-
-    let mut bench = args.model.bench(Some("off"), Some("off")).await?;
-    bench.use_states(&args.states, &data)?;
-    let (mut recipe, _) = args.recipe.recipe(args.gather.into_iter().collect());
+    let Opened {
+        bench,
+        mut json,
+        mut svg,
+    } = args.study.open("sweep").await?;
+    let mut recipe = args.study.recipe();
     if recipe.kind == Kind::Logistic && recipe.alphas.is_empty() {
         recipe.alphas.push(ALPHA);
     }
     let options = Options {
-        train: args.data,
-        dev: args.dev,
+        train: args.study.data,
+        dev: args.study.dev,
         sites: args.sites,
-        positions: args.positions,
+        positions: args.study.positions,
         recipe,
         most_states: MOST_STATES,
         command: command_line(),
@@ -85,7 +56,7 @@ pub(super) async fn run(args: SweepArgs) -> Result<Exit> {
     drop(tick);
     drop(progress);
     json.row(&found)?;
-    svg.bytes(layer_plot::by_site(&title(&found), &found)?.as_bytes())?;
+    svg.bytes(ranking_plot::by_site(&title(&found), &found)?.as_bytes())?;
     json.finish()?;
     svg.finish()?;
     print(&format!("{}\n", tabled(&found)))?;

@@ -2,7 +2,7 @@
 //! more rows would help.
 //! Knows rows, states and rankings; knows no plot and no table.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 use inwit_probes::manifest::{DataRecord, ModelIdentity, Positions};
@@ -10,11 +10,11 @@ use inwit_probes::{Gather, Site};
 use serde::Serialize;
 
 use super::bench::{Bench, Tick};
-use super::examples::{Example, Labelled, split};
+use super::examples::{Example, Labelled};
 use super::fit::{identity, off_thread};
 use super::learn::{Recipe, name_of};
 use super::seeded::Seeded;
-use super::sweep::{Pass, Rankings, collect};
+use super::sweep::{Pass, Rankings};
 use crate::error::{Error, Result};
 
 /// What to fit, and on what.
@@ -72,23 +72,9 @@ pub async fn curve(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<C
     let read = |path: &PathBuf| Labelled::read(path, options.positions);
     let dev: Vec<Labelled> = options.dev.iter().map(read).collect::<Result<_>>()?;
 
-    let (sites, positions) = (&options.sites, options.positions);
-    let examples = collect(bench, &train, sites, positions, &mut *tick).await?;
-    let (rest, held_out) = split(examples, recipe.seed, recipe.held_out);
-    let mut pass = Pass {
-        sites: sites.clone(),
-        d_model: bench.d_model(),
-        model: identity(bench),
-        positions,
-        recipe: recipe.clone(),
-        rest: in_order_of_groups(rest, recipe.seed),
-        held_out,
-        dev: Vec::new(),
-    };
-    for rows in &dev {
-        let examples = collect(bench, rows, sites, positions, &mut *tick).await?;
-        pass.dev.push(examples);
-    }
+    let reading = (recipe, options.positions);
+    let mut pass = Pass::read(bench, reading, &options.sites, (&train, &dev), tick).await?;
+    pass.rest = in_order_of_groups(pass.rest, recipe.seed);
     let rows_held_out = pass.held_out.len();
     let points = off_thread(move || {
         let point = |share: &f64| pass.point(*share);
@@ -98,7 +84,7 @@ pub async fn curve(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<C
         model: identity(bench),
         kind: name_of(recipe.kind),
         sites: options.sites.clone(),
-        positions,
+        positions: options.positions,
         gather: recipe.gather,
         settings: recipe.described(),
         seed: recipe.seed,
@@ -150,20 +136,13 @@ impl Pass {
             return Err(Error::invalid("data", "every row is held out"));
         }
         let rest = &self.rest[..end_of(&self.rest, share)];
-        let told = |error: Error| match error {
-            Error::FailedPrecondition { message, .. } => Error::FailedPrecondition {
-                subject: format!("probe on a share of {share}, {} rows", rest.len()),
-                message,
-            },
-            error => error,
-        };
-        let groups: std::collections::HashSet<&str> =
-            rest.iter().map(|example| example.group.as_str()).collect();
+        let named = format!("probe on a share of {share}, {} rows", rest.len());
+        let groups: HashSet<&str> = rest.iter().map(|example| example.group.as_str()).collect();
         Ok(Point {
             share,
             rows: rest.len(),
             groups: groups.len(),
-            rankings: self.fitted(&self.sites, rest).map_err(told)?,
+            rankings: self.fitted(&self.sites, rest, named)?,
         })
     }
 }

@@ -157,22 +157,8 @@ pub async fn sweep(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<S
         sites: Vec::with_capacity(sites.len()),
     };
     for sites in sites.chunks(at_once) {
-        let mut pass = Pass {
-            sites: sites.to_vec(),
-            d_model: bench.d_model(),
-            model: identity(bench),
-            positions: options.positions,
-            recipe: recipe.clone(),
-            rest: Vec::new(),
-            held_out: Vec::new(),
-            dev: Vec::new(),
-        };
-        let examples = collect(bench, &train, sites, options.positions, &mut *tick).await?;
-        (pass.rest, pass.held_out) = split(examples, recipe.seed, recipe.held_out);
-        for rows in &dev {
-            let examples = collect(bench, rows, sites, options.positions, &mut *tick).await?;
-            pass.dev.push(examples);
-        }
+        let reading = (recipe, options.positions);
+        let pass = Pass::read(bench, reading, sites, (&train, &dev), &mut *tick).await?;
         (found.rows_fitted, found.rows_held_out) = (pass.rest.len(), pass.held_out.len());
         found.sites.extend(off_thread(move || pass.run()).await?);
     }
@@ -208,7 +194,7 @@ fn sites_at_once(most: u64, per_site: u64, sites: usize) -> usize {
     usize::try_from(fit).unwrap_or(usize::MAX).clamp(1, sites)
 }
 
-pub(super) async fn collect(
+async fn collect(
     bench: &Bench,
     rows: &Labelled,
     sites: &[Site],
@@ -237,27 +223,61 @@ pub(super) struct Pass {
 }
 
 impl Pass {
+    /// Reads the states of every row, and holds some of the training rows out.
+    pub(super) async fn read(
+        bench: &Bench,
+        (recipe, positions): (&Recipe, Positions),
+        sites: &[Site],
+        (train, dev): (&Labelled, &[Labelled]),
+        tick: Tick<'_>,
+    ) -> Result<Self> {
+        let examples = collect(bench, train, sites, positions, &mut *tick).await?;
+        let (rest, held_out) = split(examples, recipe.seed, recipe.held_out);
+        let mut pass = Self {
+            sites: sites.to_vec(),
+            d_model: bench.d_model(),
+            model: identity(bench),
+            positions,
+            recipe: recipe.clone(),
+            rest,
+            held_out,
+            dev: Vec::with_capacity(dev.len()),
+        };
+        for rows in dev {
+            let examples = collect(bench, rows, sites, positions, &mut *tick).await?;
+            pass.dev.push(examples);
+        }
+        Ok(pass)
+    }
+
     fn run(&self) -> Result<Vec<SiteRow>> {
         self.sites.par_iter().map(|site| self.at(*site)).collect()
     }
 
     fn at(&self, site: Site) -> Result<SiteRow> {
-        let named = |error: Error| match error {
-            Error::FailedPrecondition { message, .. } => Error::FailedPrecondition {
-                subject: format!("probe at {site}"),
-                message,
-            },
-            error => error,
-        };
+        let named = format!("probe at {site}");
         Ok(SiteRow {
             site,
-            rankings: self.fitted(&[site], &self.rest).map_err(named)?,
+            rankings: self.fitted(&[site], &self.rest, named)?,
         })
     }
 
-    /// Fits one probe over the sites on `rest`, and measures it.
-    pub(super) fn fitted(&self, sites: &[Site], rest: &[Example]) -> Result<Rankings> {
-        let learnt = learn(&self.recipe, sites, &self.readings(rest))?;
+    /// Fits one probe over the sites on `rest`, and measures it. What cannot be fitted is told of
+    /// as `named`.
+    pub(super) fn fitted(
+        &self,
+        sites: &[Site],
+        rest: &[Example],
+        named: String,
+    ) -> Result<Rankings> {
+        let learnt = learn(&self.recipe, sites, &self.readings(rest));
+        let learnt = learnt.map_err(|error| match error {
+            Error::FailedPrecondition { message, .. } => Error::FailedPrecondition {
+                subject: named,
+                message,
+            },
+            error => error,
+        })?;
         let (kind, gather, seed) = (self.recipe.kind, self.recipe.gather, self.recipe.seed);
         let mut manifest = Manifest::new(
             "sweep",

@@ -1,0 +1,71 @@
+//! The flags of what fits a probe several times and measures each: `probe sweep` and `curve`.
+
+use std::path::{Path, PathBuf};
+
+use inwit_probes::{Gather, Positions};
+
+use super::open::ModelArgs;
+use super::paths;
+use super::probe::positions;
+use super::recipe::RecipeArgs;
+use crate::error::{Error, Result};
+use crate::lab::bench::Bench;
+use crate::lab::learn::Recipe;
+use crate::lab::output::WholeFile;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct StudyArgs {
+    /// JSON lines with `label`, as `probe fit` takes them; a fifth of the groups is held out
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Labelled files to measure every fit on and that no fit reads; several may be given
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub dev: Vec<PathBuf>,
+    /// last, prompt_content, generated:K or every_generated; the last two need `answer` in the data
+    #[arg(long, value_parser = positions, default_value = "last")]
+    pub positions: Positions,
+    /// How token logits become the request's: last, max, mean, ema{0.2}, k_of_n{2,8},
+    /// cumulative_log_odds or attention [default: last, or attention]
+    #[arg(long, value_name = "GATHER")]
+    gather: Option<Gather>,
+    /// Folder for the numbers as JSON and the plot as SVG, named like the command; it is made if
+    /// need be
+    #[arg(long, value_name = "FOLDER")]
+    out: PathBuf,
+    /// Folders of `lab collect`: where one holds the states of a file given here, they are read
+    /// instead of running the model; several may be given
+    #[arg(long, value_name = "FOLDER", num_args = 1..)]
+    states: Vec<PathBuf>,
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+/// What is there before any work begins.
+pub(super) struct Opened {
+    pub bench: Bench,
+    pub json: WholeFile,
+    pub svg: WholeFile,
+}
+
+impl StudyArgs {
+    /// An engine, and the two files, `name` with their extensions.
+    pub(super) async fn open(&self, name: &str) -> Result<Opened> {
+        let out = &self.out;
+        std::fs::create_dir_all(out)
+            .map_err(|error| Error::file(out.display(), format!("cannot be made: {error}")))?;
+        let mut data: Vec<&Path> = vec![&self.data];
+        data.extend(self.dev.iter().map(PathBuf::as_path));
+        let json = paths::open(&out.join(name).with_extension("json"), &data)?;
+        let svg = paths::open(&out.join(name).with_extension("svg"), &data)?;
+        let mut bench = self.model.bench(Some("off"), Some("off")).await?;
+        bench.use_states(&self.states, &data)?;
+        Ok(Opened { bench, json, svg })
+    }
+
+    pub(super) fn recipe(&self) -> Recipe {
+        let (recipe, _) = self.recipe.recipe(self.gather.into_iter().collect());
+        recipe
+    }
+}
