@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -16,7 +17,7 @@ pub const MAX_WINDOW: u32 = 256;
 pub const MAX_ATTENTION_HEADS: usize = 16;
 
 /// What a probe says about one token.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct TokenOutput {
     /// Of an attention-gathered probe the sum of its heads' values: its logit for a request of
     /// this token alone.
@@ -26,43 +27,35 @@ pub struct TokenOutput {
 }
 
 /// What each attention head says about one token: a value, and a key that says how much it weighs.
-/// Held in place, since one goes through every pass for every token.
-#[derive(Clone, Copy, Default)]
+/// Small and cheap to clone, since one per probe goes through every pass for every token.
+#[derive(Clone, Default, PartialEq)]
 pub struct AttentionHeads {
-    count: u8,
-    /// `(value, key)`; zero beyond `count`.
-    pairs: [(f32, f32); MAX_ATTENTION_HEADS],
+    /// `(value, key)`; none rather than an empty slice.
+    pairs: Option<Arc<[(f32, f32)]>>,
 }
 
 impl AttentionHeads {
-    const NONE: Self = Self {
-        count: 0,
-        pairs: [(0.0, 0.0); MAX_ATTENTION_HEADS],
-    };
-
     /// None for more than `MAX_ATTENTION_HEADS`.
     pub fn new(pairs: impl IntoIterator<Item = (f32, f32)>) -> Option<Self> {
-        let mut heads = Self::default();
+        let mut held = [(0.0, 0.0); MAX_ATTENTION_HEADS];
+        let mut count = 0;
         for pair in pairs {
-            *heads.pairs.get_mut(usize::from(heads.count))? = pair;
-            heads.count += 1;
+            *held.get_mut(count)? = pair;
+            count += 1;
         }
-        Some(heads)
+        let pairs = held.get(..count).filter(|pairs| !pairs.is_empty());
+        Some(Self {
+            pairs: pairs.map(Arc::from),
+        })
     }
 
     /// `(value, key)` of each head.
     pub fn pairs(&self) -> &[(f32, f32)] {
-        &self.pairs[..usize::from(self.count)]
+        self.pairs.as_deref().unwrap_or_default()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-}
-
-impl PartialEq for AttentionHeads {
-    fn eq(&self, other: &Self) -> bool {
-        self.pairs() == other.pairs()
+        self.pairs.is_none()
     }
 }
 
@@ -76,18 +69,16 @@ impl TokenOutput {
     pub const fn logit(logit: f32) -> Self {
         Self {
             logit,
-            attention: AttentionHeads::NONE,
+            attention: AttentionHeads { pairs: None },
         }
     }
 
     /// One attention head's value and key.
     pub fn keyed(value: f32, key: f32) -> Self {
-        let mut attention = AttentionHeads::default();
-        attention.pairs[0] = (value, key);
-        attention.count = 1;
+        let pairs: Arc<[_]> = Arc::from([(value, key)]);
         Self {
             logit: value,
-            attention,
+            attention: AttentionHeads { pairs: Some(pairs) },
         }
     }
 
@@ -372,8 +363,12 @@ impl GatherState {
     }
 
     /// Takes the next token's output. On an error the state is as before.
-    pub fn push(&mut self, output: TokenOutput) -> Result<(), ScoreFailure> {
-        let TokenOutput { logit, attention } = output.finite()?;
+    pub fn push(&mut self, output: &TokenOutput) -> Result<(), ScoreFailure> {
+        if !output.is_finite() {
+            return Err(ScoreFailure::NotFinite);
+        }
+        let TokenOutput { logit, attention } = output;
+        let logit = *logit;
         match &mut self.kind {
             State::Last(last) => *last = Some(logit),
             State::Max(max) => *max = Some(max.map_or(logit, |max| max.max(logit))),
@@ -462,7 +457,7 @@ mod tests {
     fn stream(gather: Gather, outputs: &[TokenOutput]) -> Option<f32> {
         let mut state = GatherState::new(&gather);
         for output in outputs {
-            state.push(*output).unwrap();
+            state.push(output).unwrap();
         }
         state.value()
     }
@@ -616,7 +611,7 @@ mod tests {
         for gather in ALL {
             let mut state = GatherState::new(&gather);
             for _ in 0..3 {
-                state.push(TokenOutput::keyed(1.0, 0.5)).unwrap();
+                state.push(&TokenOutput::keyed(1.0, 0.5)).unwrap();
             }
             let before = state.value();
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
@@ -627,11 +622,11 @@ mod tests {
                     attention: AttentionHeads::new([(0.0, 0.0), pair]).unwrap(),
                 };
                 for pair in [(bad, 0.0), (0.0, bad)] {
-                    let pushed = state.push(in_another_head(pair));
+                    let pushed = state.push(&in_another_head(pair));
                     assert_eq!(pushed, Err(ScoreFailure::NotFinite));
                 }
-                assert_eq!(state.push(as_logit), Err(ScoreFailure::NotFinite));
-                assert_eq!(state.push(as_key), Err(ScoreFailure::NotFinite));
+                assert_eq!(state.push(&as_logit), Err(ScoreFailure::NotFinite));
+                assert_eq!(state.push(&as_key), Err(ScoreFailure::NotFinite));
             }
             assert_eq!(state.value(), before, "{gather}");
         }
@@ -641,7 +636,7 @@ mod tests {
     fn attention_without_a_key_is_reported() {
         let mut state = GatherState::new(&Gather::Attention);
         assert_eq!(
-            state.push(TokenOutput::logit(1.0)),
+            state.push(&TokenOutput::logit(1.0)),
             Err(ScoreFailure::MissingKey)
         );
     }
@@ -649,13 +644,13 @@ mod tests {
     #[test]
     fn the_number_of_heads_stays_the_same_within_a_request() {
         let mut state = GatherState::new(&Gather::Attention);
-        state.push(TokenOutput::keyed(1.0, 0.5)).unwrap();
+        state.push(&TokenOutput::keyed(1.0, 0.5)).unwrap();
         let two = AttentionHeads::new([(1.0, 0.0), (2.0, 0.0)]).unwrap();
         let other = TokenOutput {
             logit: 3.0,
             attention: two,
         };
-        assert_eq!(state.push(other), Err(ScoreFailure::Shape));
+        assert_eq!(state.push(&other), Err(ScoreFailure::Shape));
         assert_eq!(state.value(), Some(1.0));
         assert!(AttentionHeads::new([(0.0, 0.0); MAX_ATTENTION_HEADS]).is_some());
         assert!(AttentionHeads::new([(0.0, 0.0); MAX_ATTENTION_HEADS + 1]).is_none());

@@ -357,7 +357,8 @@ fn added(config: &Config, options: &Added) -> Result<(Vec<AddedRow>, Loaded)> {
             decoder.config().context_length
         )));
     }
-    let variants = [Monitor::Probes, Monitor::Interventions, Monitor::Capture];
+    // Off against itself is the control: what the method says where there is no difference.
+    let variants = Monitor::ALL;
     let total = options.streams.len() * variants.len() * options.pairs.div_ceil(2);
     let mut progress = Progress::new("alternations");
     let (mut rows, mut done) = (Vec::new(), 0);

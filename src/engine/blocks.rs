@@ -117,7 +117,7 @@ impl BlockPool {
         let scores = pool.published[number as usize].as_ref().map(|published| {
             let scores = probes
                 .iter()
-                .map(|probe| published.scores.get(probe).copied());
+                .map(|probe| published.scores.get(probe).cloned());
             scores.collect::<Option<Vec<_>>>()
         });
         let Some(Some(scores)) = scores else {
@@ -200,7 +200,10 @@ mod tests {
     use super::*;
 
     fn scores(probe: &str) -> BlockScores {
-        HashMap::from([(probe.to_owned(), [TokenOutput::logit(1.0); KV_BLOCK])])
+        HashMap::from([(
+            probe.to_owned(),
+            [const { TokenOutput::logit(1.0) }; KV_BLOCK],
+        )])
     }
 
     fn key(n: u32) -> BlockKey {

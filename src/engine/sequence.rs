@@ -24,8 +24,8 @@ use crate::hooks::ProbeStack;
 use crate::metrics;
 use crate::model::Tokenizer;
 use crate::policy::{
-    Action, ActionTaken, Decision, DecisionRecord, DecisionSink, DecisionStep, Failed, Mode,
-    OnFailure, Policy, PolicyState, Reading, RuleAction, SteerKind, SteerPositions,
+    Action, ActionTaken, Decision, DecisionRecord, DecisionSink, DecisionStep, Detector, Failed,
+    Mode, OnFailure, Policy, PolicyState, Reading, RuleAction, SteerKind, SteerPositions,
 };
 use crate::registry::{Head, Snapshot};
 
@@ -50,8 +50,9 @@ pub(super) struct Sequence {
     /// Per position, what each probe said. Not a number where it failed.
     pub(super) outputs: Vec<Vec<TokenOutput>>,
     state: PolicyState,
-    readout: PolicyState,
-    readout_policy: Arc<Policy>,
+    readout: Arc<Policy>,
+    /// Tokens of the answer, once it has ended by itself.
+    answered: Option<u32>,
     history: TokenHistory,
     release: Release,
     /// Counted from 0; a rewind starts the next.
@@ -108,6 +109,35 @@ pub(super) struct Surroundings {
     pub(super) kernel_identity: String,
 }
 
+/// What a policy has to know of a token besides its scores.
+#[derive(Clone, Copy)]
+enum Token {
+    Prompt {
+        in_content: bool,
+        is_last: bool,
+    },
+    /// Counted from 1.
+    Generated {
+        k: u32,
+    },
+}
+
+fn show(
+    state: &mut PolicyState,
+    policy: &Policy,
+    token: Token,
+    position: u32,
+    outputs: &[Option<TokenOutput>],
+) {
+    match token {
+        Token::Prompt {
+            in_content,
+            is_last,
+        } => state.observe_prompt(policy, position, in_content, is_last, outputs),
+        Token::Generated { k } => state.observe_generated(policy, k, position, outputs),
+    }
+}
+
 /// Whether a sequence goes on as it was.
 #[derive(PartialEq)]
 enum Flow {
@@ -148,7 +178,6 @@ impl Sequence {
         let now = Instant::now();
         Self {
             state: PolicyState::new(policy),
-            readout: PolicyState::new(&scored.readout),
             history: TokenHistory::new(&request.prompt.tokens),
             release: Release::new(&request.sampling.stop),
             tokens,
@@ -161,7 +190,8 @@ impl Sequence {
             stack: scored.stack,
             probe_hashes: scored.probe_hashes,
             outputs: Vec::new(),
-            readout_policy: scored.readout,
+            readout: scored.readout,
+            answered: None,
             attempt: 0,
             effect,
             acted: Action::Allow,
@@ -330,50 +360,51 @@ impl Sequence {
         }
     }
 
-    /// Shows one position to policy and readout.
+    /// Shows one position to the policy.
     fn observe(&mut self, position: usize) {
         if !self.monitored() {
             return;
         }
-        let prompt_len = self.prompt_len();
-        let outputs: Vec<Option<TokenOutput>> = self
-            .outputs
-            .get(position)
-            .into_iter()
-            .flatten()
-            .map(|output| Some(*output))
-            .collect();
+        let outputs = self.outputs_at(position);
         let policy = self.policy();
-        let logged = outputs
-            .iter()
-            .map(|output| output.map(Into::into))
-            .collect();
-        if position < prompt_len {
-            let in_content = self.request.prompt.content.contains(&position);
-            let is_last = position + 1 == prompt_len;
-            let at = position as u32;
-            self.state
-                .observe_prompt(&policy, at, in_content, is_last, &outputs);
-            self.readout
-                .observe_prompt(&self.readout_policy, at, in_content, is_last, &outputs);
-            self.steps.push(DecisionStep::Prompt {
+        let at = position as u32;
+        let logged = outputs.iter().map(|output| output.clone().map(Into::into));
+        let logged = logged.collect();
+        let step = match self.token_at(position) {
+            Token::Prompt {
+                in_content,
+                is_last,
+            } => DecisionStep::Prompt {
                 position: at,
                 in_content,
                 is_last,
                 outputs: logged,
-            });
-        } else {
-            let k = (position - prompt_len + 1) as u32;
-            let at = position as u32;
-            self.state.observe_generated(&policy, k, at, &outputs);
-            self.readout
-                .observe_generated(&self.readout_policy, k, at, &outputs);
-            self.steps.push(DecisionStep::Generated {
+            },
+            Token::Generated { k } => DecisionStep::Generated {
                 k,
                 position: at,
                 outputs: logged,
-            });
+            },
+        };
+        self.steps.push(step);
+        let token = self.token_at(position);
+        show(&mut self.state, &policy, token, at, &outputs);
+    }
+
+    fn token_at(&self, position: usize) -> Token {
+        let prompt_len = self.prompt_len();
+        match (position + 1).checked_sub(prompt_len) {
+            None | Some(0) => Token::Prompt {
+                in_content: self.request.prompt.content.contains(&position),
+                is_last: position + 1 == prompt_len,
+            },
+            Some(k) => Token::Generated { k: k as u32 },
         }
+    }
+
+    fn outputs_at(&self, position: usize) -> Vec<Option<TokenOutput>> {
+        let outputs = self.outputs.get(position).into_iter().flatten();
+        outputs.map(|output| Some(output.clone())).collect()
     }
 
     /// Lets the policy decide and tells what fired.
@@ -512,7 +543,6 @@ impl Sequence {
         }
         let policy = self.policy();
         self.state.rewind(&policy);
-        self.readout.rewind(&self.readout_policy);
         self.steps.push(DecisionStep::Rewind);
         self.history.rewind();
         self.attempt += 1;
@@ -677,7 +707,7 @@ impl Sequence {
         if self.monitored() {
             let policy = self.policy();
             self.state.end_of_answer(&policy, tokens);
-            self.readout.end_of_answer(&self.readout_policy, tokens);
+            self.answered = Some(tokens);
             self.steps.push(DecisionStep::EndOfAnswer { tokens });
         }
         let decision = self.judge();
@@ -697,7 +727,7 @@ impl Sequence {
         if self.monitored() && answer > 0 {
             let policy = self.policy();
             self.state.end_of_answer(&policy, answer);
-            self.readout.end_of_answer(&self.readout_policy, answer);
+            self.answered = Some(answer);
             self.steps
                 .push(DecisionStep::EndOfAnswer { tokens: answer });
             self.judge();
@@ -824,17 +854,29 @@ impl Sequence {
         }
         let policy = &self.request.monitor.policy;
         let mut scores = self.scores_of(policy, &self.state.readings(policy), true);
-        let rest: Vec<Reading> = self
-            .readout
-            .readings(&self.readout_policy)
-            .into_iter()
-            .filter(|reading| {
-                let probe = self.readout_policy.detectors[reading.detector].probe;
-                policy.detectors.iter().all(|d| d.probe != probe)
-            })
-            .collect();
-        scores.extend(self.scores_of(&self.readout_policy, &rest, false));
+        let unread =
+            |detector: &Detector| policy.detectors.iter().all(|d| d.probe != detector.probe);
+        if self.readout.detectors.iter().any(unread) {
+            let mut rest = self.read_out();
+            rest.retain(|reading| unread(&self.readout.detectors[reading.detector]));
+            scores.extend(self.scores_of(&self.readout, &rest, false));
+        }
         scores
+    }
+
+    /// What the readout says of everything that was computed. Worked out when it is asked for, not
+    /// token by token: a step brings what the policy needs from memory, and no more.
+    fn read_out(&self) -> Vec<Reading> {
+        let mut state = PolicyState::new(&self.readout);
+        for position in 0..self.computed.min(self.outputs.len()) {
+            let outputs = self.outputs_at(position);
+            let token = self.token_at(position);
+            show(&mut state, &self.readout, token, position as u32, &outputs);
+        }
+        if let Some(tokens) = self.answered {
+            state.end_of_answer(&self.readout, tokens);
+        }
+        state.readings(&self.readout)
     }
 
     fn usage(&self) -> Usage {

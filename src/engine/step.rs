@@ -509,7 +509,7 @@ fn use_cache(sequence: &mut Sequence, blocks: &BlockPool) {
                 for slot in 0..KV_BLOCK {
                     sequence
                         .outputs
-                        .push(scores.iter().map(|probe| probe[slot]).collect());
+                        .push(scores.iter().map(|probe| probe[slot].clone()).collect());
                 }
             }
             Found::Unscored => {
@@ -624,7 +624,7 @@ fn scores_of_block(outputs: &[Vec<TokenOutput>], block: usize, probes: &[String]
     let scored = |probe: usize| {
         let values: Vec<TokenOutput> = rows
             .iter()
-            .filter_map(|row| row.get(probe).copied())
+            .filter_map(|row| row.get(probe).cloned())
             .filter(TokenOutput::is_finite)
             .collect();
         <[TokenOutput; KV_BLOCK]>::try_from(values).ok()

@@ -59,10 +59,9 @@ struct Stream {
     blocks: Vec<u32>,
 }
 
-/// What the engine keeps for a monitored sequence: the policy's state, the readout's, the record.
+/// What the engine keeps for a monitored sequence: the policy's state and the record.
 struct Watch {
     policy: PolicyState,
-    readout: PolicyState,
     record: Vec<DecisionStep>,
     generated: u32,
 }
@@ -146,8 +145,11 @@ impl<'a> Steps<'a> {
         })
     }
 
-    /// The base runs last, so that its keys and values are what the next position sees.
+    /// A step that is not measured comes first: it is the one that waits for whoever hears of
+    /// progress and that sees the position for the first time. The base runs last, so that its keys
+    /// and values are what the next position sees.
     fn alternate(&mut self, variant: Monitor, position: usize) -> Result<Alternation> {
+        self.step(Monitor::Off, position)?;
         let first_base = self.step(Monitor::Off, position)?;
         let first = self.step(variant, position)?;
         let second = self.step(variant, position)?;
@@ -230,7 +232,6 @@ impl Watch {
     fn new(policy: &Policy) -> Self {
         Self {
             policy: PolicyState::new(policy),
-            readout: PolicyState::new(policy),
             record: Vec::new(),
             generated: 0,
         }
@@ -240,14 +241,12 @@ impl Watch {
         self.generated += 1;
         let k = self.generated;
         self.policy.observe_generated(policy, k, position, &outputs);
-        self.readout
-            .observe_generated(policy, k, position, &outputs);
         self.record.push(DecisionStep::Generated {
             k,
             position,
             outputs: outputs
                 .iter()
-                .map(|output| output.map(Into::into))
+                .map(|output| output.clone().map(Into::into))
                 .collect(),
         });
         let decision = self.policy.decide(policy);

@@ -98,7 +98,7 @@ impl Scored {
         let mut values = Vec::new();
         for output in self.outputs.iter().take(tokens) {
             // Outputs were checked to be finite when they were made.
-            if state.push(*output).is_ok() {
+            if state.push(output).is_ok() {
                 values.push(state.value());
             }
         }

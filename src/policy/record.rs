@@ -109,14 +109,9 @@ pub enum DecisionStep {
 }
 
 /// One probe's output for one token, exactly: a failure must fail again.
-/// A record holds one per probe and token, so it takes no more room than it must.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "WrittenOutput", into = "WrittenOutput")]
-pub struct LoggedOutput {
-    logit: f32,
-    /// `(value, key)` of each attention head, at most `MAX_ATTENTION_HEADS`.
-    heads: Box<[(f32, f32)]>,
-}
+pub struct LoggedOutput(TokenOutput);
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -208,7 +203,7 @@ pub fn replay(policy: &Policy, record: &DecisionRecord) -> Result<Outcome> {
         let output = |place: &Option<usize>| outputs.get((*place)?)?.as_ref();
         order
             .iter()
-            .map(|place| output(place).map(Into::into))
+            .map(|place| output(place).map(LoggedOutput::output))
             .collect()
     };
     let mut state = PolicyState::new(policy);
@@ -270,22 +265,15 @@ fn probe_order(policy: &Policy, record: &DecisionRecord) -> Result<Vec<Option<us
     Ok(order)
 }
 
-impl From<TokenOutput> for LoggedOutput {
-    fn from(output: TokenOutput) -> Self {
-        Self {
-            logit: output.logit,
-            heads: output.attention.pairs().into(),
-        }
+impl LoggedOutput {
+    fn output(&self) -> TokenOutput {
+        self.0.clone()
     }
 }
 
-impl From<&LoggedOutput> for TokenOutput {
-    fn from(logged: &LoggedOutput) -> Self {
-        let heads = logged.heads.iter().copied();
-        Self {
-            logit: logged.logit,
-            attention: AttentionHeads::new(heads).unwrap_or_default(),
-        }
+impl From<TokenOutput> for LoggedOutput {
+    fn from(output: TokenOutput) -> Self {
+        Self(output)
     }
 }
 
@@ -302,14 +290,14 @@ struct WrittenOutput {
 }
 
 impl From<LoggedOutput> for WrittenOutput {
-    fn from(LoggedOutput { logit, heads }: LoggedOutput) -> Self {
+    fn from(LoggedOutput(TokenOutput { logit, attention }): LoggedOutput) -> Self {
         let written = |heads: &[(f32, f32)]| {
             let pairs = heads.iter();
             pairs
                 .map(|(value, key)| [(*value).into(), (*key).into()])
                 .collect()
         };
-        let (key, heads) = match &*heads {
+        let (key, heads) = match attention.pairs() {
             [(_, key)] => (Some((*key).into()), Vec::new()),
             heads => (None, written(heads)),
         };
@@ -465,7 +453,7 @@ mod tests {
         let live = |outputs: &[Option<LoggedOutput>]| -> Vec<Option<TokenOutput>> {
             outputs
                 .iter()
-                .map(|output| output.as_ref().map(Into::into))
+                .map(|output| output.as_ref().map(LoggedOutput::output))
                 .collect()
         };
         for call in calls {
@@ -641,9 +629,9 @@ mod tests {
                 TokenOutput::keyed(logit, key),
                 TokenOutput { logit, attention },
             ] {
-                let text = serde_json::to_string(&LoggedOutput::from(output)).unwrap();
+                let text = serde_json::to_string(&LoggedOutput::from(output.clone())).unwrap();
                 let back: LoggedOutput = serde_json::from_str(&text).unwrap();
-                let back = TokenOutput::from(&back);
+                let back = back.output();
                 prop_assert!(same(back.logit, logit), "{} became {}", logit, back.logit);
                 let (back, pairs) = (back.attention.pairs(), output.attention.pairs());
                 prop_assert_eq!(back.len(), pairs.len());
@@ -658,7 +646,7 @@ mod tests {
     fn an_output_with_one_key_is_read_and_written_as_it_always_was() {
         let text = r#"{"logit":1.5,"key":-0.25}"#;
         let output: LoggedOutput = serde_json::from_str(text).unwrap();
-        assert_eq!(TokenOutput::from(&output), TokenOutput::keyed(1.5, -0.25));
+        assert_eq!(output.output(), TokenOutput::keyed(1.5, -0.25));
         assert_eq!(serde_json::to_string(&output).unwrap(), text);
     }
 

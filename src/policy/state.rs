@@ -83,7 +83,7 @@ struct DetectorState {
     failure: Option<Box<Failure>>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Newest {
     k: u32,
     position: u32,
@@ -440,7 +440,7 @@ impl DetectorState {
         }
     }
 
-    fn take(&mut self, position: u32, output: Option<TokenOutput>) {
+    fn take(&mut self, position: u32, output: Option<&TokenOutput>) {
         let pushed = match output {
             Some(output) => self.gather.push(output).map_err(|e| e.to_string()),
             None => Err("the probe gave no output for a token that it reads".into()),
@@ -451,18 +451,18 @@ impl DetectorState {
         }
     }
 
-    fn keep(&mut self, k: u32, position: u32, output: Option<TokenOutput>) {
+    fn keep(&mut self, k: u32, position: u32, output: Option<&TokenOutput>) {
         let newest = Newest {
             k,
             position,
-            output,
+            output: output.cloned(),
         };
+        if k == 0 {
+            self.at_prompt = Some(Box::new(newest.clone()));
+        }
         match &mut self.newest {
             Some(place) => **place = newest,
             None => self.newest = Some(Box::new(newest)),
-        }
-        if k == 0 {
-            self.at_prompt = Some(Box::new(newest));
         }
     }
 
@@ -470,7 +470,7 @@ impl DetectorState {
     fn read_newest(&mut self, tokens: u32, needed: bool) {
         let newest = self.newest.take().filter(|newest| newest.k == tokens);
         match newest {
-            Some(newest) => self.take(newest.position, newest.output),
+            Some(newest) => self.take(newest.position, newest.output.as_ref()),
             None if !needed => {}
             // Another token's state is not what the probe was trained on.
             None => self.fail("the last token of the answer was not observed".into()),
@@ -502,8 +502,11 @@ impl DetectorState {
     }
 }
 
-fn output_of(detector: &Detector, outputs: &[Option<TokenOutput>]) -> Option<TokenOutput> {
-    outputs.get(detector.probe).copied().flatten()
+fn output_of<'a>(
+    detector: &Detector,
+    outputs: &'a [Option<TokenOutput>],
+) -> Option<&'a TokenOutput> {
+    outputs.get(detector.probe)?.as_ref()
 }
 
 /// Multiplied from the first on; rounding keeps the order, so raising a factor never lowers it.

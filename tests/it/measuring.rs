@@ -77,7 +77,7 @@ fn a_benchmark_writes_every_row_that_readers_of_its_file_rely_on() {
         numbers(row, &["tokens_per_second", "p50_ms", "p99_ms"]);
     }
     let added = report["added"].as_array().unwrap();
-    assert_eq!(added.len(), 6);
+    assert_eq!(added.len(), 8);
     for row in added {
         numbers(
             row,

@@ -541,7 +541,7 @@ mod tests {
                 logit: values.iter().sum(),
                 attention: AttentionHeads::new(pairs).unwrap(),
             };
-            state.push(output).unwrap();
+            state.push(&output).unwrap();
         }
         state.value().unwrap()
     }
