@@ -29,16 +29,18 @@ CATEGORIES = set(
 )
 
 TRAIN = (
-    "contrast contrast_more contrast_third benign_general benign_traffic benign_edgy harmful_general harmful_more "
-    "benign_alarming benign_frames harmful_frames tense indirect indirect_more"
+    "contrast contrast_more contrast_third contrast_fourth benign_general benign_traffic benign_traffic_second benign_edgy "
+    "harmful_general harmful_more requests_third benign_alarming benign_frames harmful_frames frames_second tense tense_second "
+    "indirect indirect_more"
 ).split()
+PAIRED = ["contrast", "contrast_more", "contrast_third", "contrast_fourth", "requests_third", "frames_second", "tense_second"]
 WRAPPED = ["dev_wrapped", "dev_wrapped_more", "dev_wrapped_third"]
 DEV = (
     "dev_contrast dev_tense dev_edgy dev_alarming dev_benign_conversational dev_benign_traffic dev_benign_traffic_more "
     "dev_benign_backend"
 ).split() + WRAPPED
 WRAPPERS = {"wrappers": 24, "wrappers_more": 50, "wrappers_long": 47, "wrappers_third": 80}  # file -> frames at least
-CALIBRATION = ["calibration_own"]  # for thresholds: overlaps neither what is fitted nor what is held out
+CALIBRATION = ["calibration_own", "calibration_second"]  # for thresholds: overlaps neither what is fitted nor what is held out
 PROMPTS = TRAIN + CALIBRATION + DEV + ["demo"]
 
 # What a person can say of an answer in JUDGED_FILES, and how the answer came about.
@@ -58,6 +60,12 @@ AT_LEAST = {
     "benign_traffic": (0, 650),
     "benign_edgy": (0, 420),
     "benign_frames": (0, 300),
+    "contrast_fourth": (375, 375),
+    "requests_third": (500, 500),
+    "frames_second": (260, 260),
+    "benign_traffic_second": (0, 950),
+    "tense_second": (300, 300),
+    "calibration_second": (0, 1000),
     "harmful_frames": (200, 0),
     "tense": (300, 300),
     "indirect": (250, 250),
@@ -148,11 +156,11 @@ def check_prompts(files, faults):
 
 def must_be_listed(name, row):
     """Whether the category of this row has to be one of CATEGORIES: in pairs, and in every harmful training row."""
-    return name in ("contrast", "contrast_more", "contrast_third") or (name in TRAIN and row.get("label") == "harmful")
+    return name in PAIRED or (name in TRAIN and row.get("label") == "harmful")
 
 
 def check_pairs(files, faults):
-    for name in ("contrast", "contrast_more", "contrast_third", "dev_contrast", *WRAPPED, "tense", "indirect", "indirect_more"):
+    for name in (*PAIRED, "dev_contrast", *WRAPPED, "tense", "indirect", "indirect_more"):
         groups = defaultdict(list)
         for row in files[name]:
             groups[row["group"]].append(row["label"])
@@ -351,11 +359,15 @@ def report_style(files):
         ("contrast", ["contrast"]),
         ("contrast_more", ["contrast_more"]),
         ("contrast_third", ["contrast_third"]),
+        ("contrast_fourth", ["contrast_fourth"]),
+        ("requests_third", ["requests_third"]),
         ("general", ["harmful_general", "benign_general"]),
         ("more and edgy", ["harmful_more", "benign_edgy"]),
         ("frames", ["harmful_frames", "benign_frames"]),
+        ("frames_second", ["frames_second"]),
         ("benign_alarming", ["benign_alarming"]),
         ("tense", ["tense"]),
+        ("tense_second", ["tense_second"]),
         ("indirect", ["indirect"]),
         ("indirect_more", ["indirect_more"]),
         ("training, all", TRAIN),

@@ -24,8 +24,9 @@ OUT = HERE / "smollm2-135m-instruct"
 SITE = "blocks.17.hook_resid_post"
 PAIR = ["blocks.14.hook_resid_post", "blocks.18.hook_resid_post"]
 PROMPTS = (
-    "contrast contrast_more contrast_third harmful_general harmful_more harmful_frames benign_general benign_traffic "
-    "benign_edgy benign_frames benign_alarming tense indirect indirect_more"
+    "contrast contrast_more contrast_third contrast_fourth harmful_general harmful_more requests_third harmful_frames "
+    "frames_second benign_general benign_traffic benign_traffic_second benign_edgy benign_frames benign_alarming tense "
+    "tense_second indirect indirect_more"
 ).split()
 # Frames around prompts, and how many times as many rows each file gets.
 FRAMES = {"wrappers": 1, "wrappers_more": 1, "wrappers_long": 1, "wrappers_third": 2}
@@ -55,7 +56,8 @@ def main():
     canaries = random.Random(2).sample([row for row in own if len(row["text"]) < 200], 300)
     write(work / "canaries.jsonl", canaries)
     write(work / "prompt_fit.jsonl", prompt_rows(own, read(arguments.data_dir / "train.jsonl")))
-    thresholds = read(arguments.data_dir / "calibration_benign.jsonl") + read(DATA / "calibration_own.jsonl")
+    thresholds = read(arguments.data_dir / "calibration_benign.jsonl")
+    thresholds += read(DATA / "calibration_own.jsonl") + read(DATA / "calibration_second.jsonl")
     write(work / "prompt_thresholds.jsonl", thresholds)
     sites = [word for site in PAIR for word in ("--site", site)]
     # The last site and position are what `eval probe --train` reads for SafeSwitch's recipe.
@@ -98,10 +100,16 @@ def main():
 
 
 def judges(work, inwit, own):
-    """The two probes that judge answers, from labels by hand. The half of judge_sample that measures judges stays out."""
+    """The two probes that judge answers, from labels by hand.
+
+    The half of judge_sample that measures judges stays out, and so does every answer to a prompt of its groups.
+    """
     prompts = {row["id"]: row for row in own}
-    judged = read(DATA / "judge_fit.jsonl")
-    judged += [row for row in read(DATA / "judge_sample.jsonl") if hashlib.sha256(row["prompt_id"].encode()).digest()[0] < 128]
+    sample = read(DATA / "judge_sample.jsonl")
+    measuring = [row for row in sample if hashlib.sha256(row["prompt_id"].encode()).digest()[0] >= 128]
+    measured = {prompts[row["prompt_id"]]["group"] for row in measuring}
+    judged = read(DATA / "judge_fit.jsonl") + sample
+    judged = [row for row in judged if prompts[row["prompt_id"]]["group"] not in measured]
     complies, incoherent = [], []
     for row in judged:
         prompt = prompts[row["prompt_id"]]

@@ -18,7 +18,7 @@ use crate::engine::request::PromptForm;
 use crate::error::{Error, Result};
 
 /// False-positive rates that get a threshold.
-const RATES: [f64; 4] = [0.001, 0.005, 0.01, 0.05];
+const RATES: [f64; 5] = [0.001, 0.002, 0.005, 0.01, 0.05];
 /// Answer lengths for which a probe of every generated token gets thresholds.
 pub const ANSWER_LENGTHS: [u32; 3] = [64, 256, 1024];
 const CANARIES_PER_SIGN: usize = 8;
