@@ -31,7 +31,7 @@ const GRACE: Duration = Duration::from_secs(1);
 /// Alternates in process, gRPC, gRPC, in process on the same prompts, all of them in the prefix
 /// cache, so that what is measured is writing.
 pub(super) async fn grpc(benchmark: &Benchmark<'_>, streams: usize, seed: u64) -> Result<Grpc> {
-    let prompts = workload::questions(seed, streams, WORDS);
+    let prompts = workload::beginnings(seed, streams, WORDS);
     let (_, tokens) = benchmark.answer_all(&prompts).await?;
     let server = Server::start(benchmark, streams).await?;
     let mut alternations = Vec::new();

@@ -24,10 +24,16 @@ pub fn tokens(tokenizer: &Tokenizer, start: usize, count: usize) -> Result<Vec<u
     Ok(prose.into_iter().cycle().skip(first).take(count).collect())
 }
 
-/// So many different questions about so many words each.
-pub fn questions(seed: u64, count: usize, words: usize) -> Vec<String> {
+/// So many different texts of so many words each, which break off: a model that goes on with one
+/// does not come to an end soon.
+pub fn beginnings(seed: u64, count: usize, words: usize) -> Vec<String> {
     let mut seeded = Seeded::new(seed);
-    let numbered = |number: usize| format!("{number}. {}", question(&mut seeded, words));
+    let numbered = |number: usize| {
+        format!(
+            "Chapter {number}. {} and then",
+            shuffled(&mut seeded, words)
+        )
+    };
     (1..=count).map(numbered).collect()
 }
 
@@ -39,12 +45,18 @@ pub(crate) fn question(seeded: &mut Seeded, words: usize) -> String {
         "Name three things that are mentioned.",
         "Rewrite this for a child.",
     ];
+    let text = shuffled(seeded, words);
+    let task = TASKS[seeded.below(TASKS.len())];
+    format!("{text}\n\n{task}")
+}
+
+/// `words` words of the prose, its sentences in another order.
+fn shuffled(seeded: &mut Seeded, words: usize) -> String {
     let mut sentences: Vec<&str> = PROSE.split_inclusive(". ").collect();
     seeded.shuffle(&mut sentences);
     let text = sentences.into_iter().flat_map(str::split_whitespace);
     let text: Vec<&str> = text.cycle().take(words).collect();
-    let task = TASKS[seeded.below(TASKS.len())];
-    format!("{}\n\n{task}", text.join(" "))
+    text.join(" ")
 }
 
 #[cfg(test)]
@@ -52,8 +64,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_two_questions_are_alike() {
-        let asked = questions(7, 40, 12);
+    fn no_two_beginnings_are_alike() {
+        let asked = beginnings(7, 40, 12);
         let different: std::collections::HashSet<&String> = asked.iter().collect();
         assert_eq!(different.len(), 40);
     }
