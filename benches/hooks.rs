@@ -51,7 +51,7 @@ fn pass(plan: &HookPlan, hidden: &Tensor, rows: usize) {
         let visited = run.visit(Site::ResidPost(layer), hidden.clone());
         black_box(visited.expect("visits"));
     }
-    let scores = run.finish();
+    let scores = run.finish().expect("scores");
     for row in 0..rows {
         black_box(scores.of_row(row));
     }

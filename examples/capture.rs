@@ -38,7 +38,7 @@ fn main() -> anyhow::Result<()> {
     let mut run = HookRun::new(&plan, tokens.len());
     decoder.forward(&batch, &mut kv, &mut run)?;
 
-    for captured in run.finish().captured {
+    for captured in run.finish()?.captured {
         let d_model = decoder.config().d_model;
         println!(
             "{}: {} rows of {d_model}",

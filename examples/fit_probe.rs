@@ -81,5 +81,5 @@ fn last_state(source: &Source, decoder: &Decoder, text: &str) -> anyhow::Result<
     plan.capture(SITE, 0, tokens.len() - 1..tokens.len());
     let mut run = HookRun::new(&plan, tokens.len());
     decoder.forward(&batch, &mut kv, &mut run)?;
-    Ok(run.finish().captured.remove(0).values)
+    Ok(run.finish()?.captured.remove(0).values)
 }

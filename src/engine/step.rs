@@ -400,7 +400,7 @@ impl StepLoop {
             };
             Ok::<_, Error>((logits, broken))
         })?;
-        let mut scores = run.finish();
+        let mut scores = run.finish()?;
         let mut captured = std::mem::take(&mut scores.captured);
         let vocab = self.info.config.vocab_size;
         for ((index, rows), span) in picked.iter().zip(&batch.spans) {

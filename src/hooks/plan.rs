@@ -99,8 +99,16 @@ impl HookPlan {
         self.sites.is_empty()
     }
 
-    pub(super) fn site_index(&self, site: Site) -> usize {
-        site.index(self.n_layers)
+    pub(super) fn n_layers(&self) -> usize {
+        self.n_layers
+    }
+
+    /// The first site from `index` on where something is done, by `Site::index`; beyond every site
+    /// where there is none.
+    pub(super) fn next_stop(&self, index: usize) -> usize {
+        let rest = self.places.get(index..).unwrap_or_default();
+        let next = rest.iter().position(|place| *place != 0);
+        next.map_or(usize::MAX, |ahead| index + ahead)
     }
 
     /// What is done at a site, by `Site::index`; none where nothing is.
@@ -154,7 +162,7 @@ impl HookPlan {
         if kind == (InterventionKind::Add { strength: 0.0 }) {
             return;
         }
-        let index = self.site_index(site);
+        let index = site.index(self.n_layers);
         self.at_mut(index).steers.push(RowSteer {
             row,
             kind,
@@ -168,7 +176,7 @@ impl HookPlan {
         if rows.is_empty() {
             return;
         }
-        let index = self.site_index(site);
+        let index = site.index(self.n_layers);
         self.at_mut(index).captures.push(CaptureRows { key, rows });
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 use inwit_probes::{ScoreFailure, Site, TokenOutput};
 
-use super::plan::{HookPlan, InterventionKind, RowSteer, SitePlan};
+use super::plan::{CaptureRows, HookPlan, InterventionKind, RowSteer};
 use crate::error::{Error, Result};
 use crate::model::host;
 use crate::model::kernels::{axpy, dot};
@@ -19,6 +19,15 @@ pub struct HookRun<'a> {
     group_rows: Vec<Vec<usize>>,
     captured: Vec<Captured>,
     failures: Vec<(usize, ScoreFailure)>,
+    n_layers: usize,
+    /// Where something is to be done next, by `Site::index`; beyond every site once all is done.
+    /// A pass visits some 150 sites after streaming weights through the caches, so those where
+    /// nothing is done look at nothing but this run.
+    next_stop: usize,
+    /// States that are still to be scored, by `Site::index`. They are scored together, when the
+    /// pass is over or a condition asks: weights and code have to be brought in from memory once
+    /// instead of at every site.
+    unscored: Vec<(usize, Tensor)>,
 }
 
 /// Hidden states of some rows at one site.
@@ -66,16 +75,26 @@ impl<'a> HookRun<'a> {
             group_rows,
             captured: Vec::new(),
             failures: Vec::new(),
+            n_layers: plan.n_layers(),
+            next_stop: plan.next_stop(0),
+            unscored: Vec::new(),
         }
     }
 
-    /// The pass is at `site` with `hidden` `[rows, d_model]`; what it returns flows on.
+    /// The pass is at `site` with `hidden` `[rows, d_model]`; what it returns flows on. Sites come
+    /// in the order of a pass.
+    #[inline]
     pub fn visit(&mut self, site: Site, hidden: Tensor) -> Result<Tensor> {
-        if self.plan.is_empty() {
+        let index = site.index(self.n_layers);
+        if index < self.next_stop {
             return Ok(hidden);
         }
-        let index = self.plan.site_index(site);
-        self.fetch(index + 1);
+        self.stop(site, index, hidden)
+    }
+
+    #[inline(never)]
+    fn stop(&mut self, site: Site, index: usize, hidden: Tensor) -> Result<Tensor> {
+        self.next_stop = self.plan.next_stop(index + 1);
         let Some(actions) = self.plan.at(index) else {
             return Ok(hidden);
         };
@@ -84,33 +103,46 @@ impl<'a> HookRun<'a> {
         } else {
             self.steer(&actions.steers, &hidden)?
         };
-        if !actions.scores.is_empty() || !actions.captures.is_empty() {
+        if !actions.scores.is_empty() {
+            self.unscored.push((index, hidden.clone()));
+        }
+        if !actions.captures.is_empty() {
             let width = hidden.dim(1)?;
             host::read(&hidden, |values| {
-                self.look(site, index, actions, values, width);
+                self.capture(site, &actions.captures, values, width);
             })?;
         }
         Ok(hidden)
     }
 
-    /// Asks for what the next site reads, while the layer between is computed.
-    fn fetch(&self, index: usize) {
-        let groups = self.plan.at(index).into_iter().flat_map(|at| &at.scores);
-        for group in groups {
-            self.plan.groups[*group].stack.fetch(index);
+    /// Scores what was kept for it.
+    fn score(&mut self) -> Result<()> {
+        let unscored = std::mem::take(&mut self.unscored);
+        for (index, _) in &unscored {
+            let groups = self.plan.at(*index).into_iter().flat_map(|at| &at.scores);
+            groups.for_each(|group| self.plan.groups[*group].stack.fetch(*index));
         }
+        for (index, hidden) in unscored {
+            let Some(actions) = self.plan.at(index) else {
+                continue;
+            };
+            let width = hidden.dim(1)?;
+            host::read(&hidden, |values| {
+                for group in &actions.scores {
+                    let (plan, scores) = (&self.plan.groups[*group], &mut self.scores[*group]);
+                    let scores = scores.chunks_exact_mut(plan.stack.width());
+                    for (row, scores) in plan.rows.iter().zip(scores) {
+                        let hidden = &values[row * width..(row + 1) * width];
+                        plan.stack.score(index, hidden, scores);
+                    }
+                }
+            })?;
+        }
+        Ok(())
     }
 
-    fn look(&mut self, site: Site, index: usize, actions: &SitePlan, values: &[f32], width: usize) {
-        let plan = self.plan;
-        for group in &actions.scores {
-            let stack = &plan.groups[*group].stack;
-            let rows = self.scores[*group].chunks_exact_mut(stack.width());
-            for (row, scores) in plan.groups[*group].rows.iter().zip(rows) {
-                stack.score(index, &values[row * width..(row + 1) * width], scores);
-            }
-        }
-        for capture in &actions.captures {
+    fn capture(&mut self, site: Site, captures: &[CaptureRows], values: &[f32], width: usize) {
+        for capture in captures {
             self.captured.push(Captured {
                 key: capture.key,
                 site,
@@ -136,6 +168,7 @@ impl<'a> HookRun<'a> {
         let Some(condition) = &steer.condition else {
             return Ok(true);
         };
+        self.score()?;
         let is_stack = |group: &super::plan::ScoreGroup| {
             std::sync::Arc::ptr_eq(&group.stack, &condition.stack)
         };
@@ -154,14 +187,16 @@ impl<'a> HookRun<'a> {
         }
     }
 
-    pub fn finish(self) -> Scores<'a> {
-        Scores {
+    /// The pass is over.
+    pub fn finish(mut self) -> Result<Scores<'a>> {
+        self.score()?;
+        Ok(Scores {
             plan: self.plan,
             scores: self.scores,
             group_rows: self.group_rows,
             captured: self.captured,
             failures: self.failures,
-        }
+        })
     }
 }
 
@@ -246,6 +281,22 @@ mod tests {
             visit(&HookPlan::new(1)),
             hidden().to_vec2::<f32>().expect("reads")
         );
+    }
+
+    #[test]
+    fn a_pass_stops_where_something_is_done_and_nowhere_else() {
+        let mut plan = HookPlan::new(3);
+        plan.capture(Site::MlpOut(0), 7, 0..1);
+        plan.capture(Site::MlpOut(2), 7, 2..3);
+        let mut run = HookRun::new(&plan, 3);
+        let mut stops = Vec::new();
+        for site in Site::all(3) {
+            let before = run.captured.len();
+            run.visit(site, hidden()).expect("visits");
+            stops.extend((run.captured.len() > before).then_some(site));
+        }
+        assert_eq!(stops, [Site::MlpOut(0), Site::MlpOut(2)]);
+        assert_eq!(run.next_stop, usize::MAX);
     }
 
     #[test]
@@ -343,7 +394,7 @@ mod tests {
             .expect("visits")
             .to_vec2::<f32>()
             .expect("reads");
-        let captured = run.finish().captured;
+        let captured = run.finish().expect("scores").captured;
         assert_eq!(captured[0].key, 7);
         assert_eq!(captured[0].values, out[1..].concat());
     }

@@ -78,8 +78,8 @@ impl ProbeStack {
         self.sites.keys().copied()
     }
 
-    /// Asks for the weights of a site that the pass is about to reach: they were last used a whole
-    /// pass of other weights ago.
+    /// Asks for the weights of a site before they are needed: they were last used a whole pass of
+    /// other weights ago.
     pub(super) fn fetch(&self, site_index: usize) {
         for head in self.sites.get(&site_index).into_iter().flatten() {
             prefetch(&head.weight);

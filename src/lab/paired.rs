@@ -1,5 +1,5 @@
-//! What monitoring adds to a decode step, measured step by step: base, variant, variant, base on
-//! the same tokens and the same keys and values, in one process.
+//! What monitoring adds to a decode step, measured step by step: base, variant, variant, base, or
+//! the other way round, on the same tokens and the same keys and values, in one process.
 //! Works on the decoder itself, as the engine's thread does; knows no requests.
 
 use std::hint::black_box;
@@ -10,6 +10,7 @@ use inwit_probes::TokenOutput;
 use serde::Serialize;
 
 use super::monitoring::{Change, Monitor, Monitoring, POLICY};
+use super::seeded::Seeded;
 use super::statistics::{Added, Alternation, added};
 use crate::error::{Error, Result};
 use crate::hooks::{HookPlan, HookRun, ProbeStack, Scores};
@@ -121,9 +122,10 @@ impl<'a> Steps<'a> {
     pub fn added(&mut self, variant: Monitor, mut tick: impl FnMut()) -> Result<AddedRow> {
         let alternations = self.options.pairs.div_ceil(2).max(1);
         let mut measured = Vec::with_capacity(alternations);
+        let mut chance = Seeded::new(self.options.seed);
         // The first steps fault pages in and train the branches.
         for _ in 0..WARM_UP.min(alternations) {
-            self.alternate(variant, self.options.context)?;
+            self.alternate(variant, self.options.context, true)?;
         }
         for index in 0..alternations {
             let offset = index % self.options.window;
@@ -134,7 +136,9 @@ impl<'a> Steps<'a> {
                     .map(|_| Watch::new(&self.policy))
                     .collect();
             }
-            measured.push(self.alternate(variant, self.options.context + offset)?);
+            let base_first = chance.below(2) == 0;
+            let position = self.options.context + offset;
+            measured.push(self.alternate(variant, position, base_first)?);
             tick();
         }
         let added = added(&measured, self.options.seed);
@@ -145,18 +149,34 @@ impl<'a> Steps<'a> {
         })
     }
 
-    /// A step that is not measured comes first: it is the one that waits for whoever hears of
-    /// progress and that sees the position for the first time. The base runs last, so that its keys
-    /// and values are what the next position sees.
-    fn alternate(&mut self, variant: Monitor, position: usize) -> Result<Alternation> {
+    /// Base, variant, variant, base, or the other way round: chosen by chance, so that whatever
+    /// beats in time with the steps (timers, the progress that is shown) falls on both alike.
+    /// A step that is not measured comes first, since it sees the position for the first time, and
+    /// a base last, so that its keys and values are what the next position sees.
+    fn alternate(
+        &mut self,
+        variant: Monitor,
+        position: usize,
+        base_first: bool,
+    ) -> Result<Alternation> {
         self.step(Monitor::Off, position)?;
-        let first_base = self.step(Monitor::Off, position)?;
-        let first = self.step(variant, position)?;
-        let second = self.step(variant, position)?;
-        let second_base = self.step(Monitor::Off, position)?;
+        let (outer, inner) = match base_first {
+            true => (Monitor::Off, variant),
+            false => (variant, Monitor::Off),
+        };
+        let first = self.step(outer, position)?;
+        let inside = [self.step(inner, position)?, self.step(inner, position)?];
+        let outside = [first, self.step(outer, position)?];
+        if base_first {
+            return Ok(Alternation {
+                base: outside,
+                variant: inside,
+            });
+        }
+        self.step(Monitor::Off, position)?;
         Ok(Alternation {
-            base: [first_base, second_base],
-            variant: [first, second],
+            base: inside,
+            variant: outside,
         })
     }
 
@@ -192,7 +212,7 @@ impl<'a> Steps<'a> {
             }
             decoder.logits(&hidden, &rows, &[])
         })?;
-        let scores = run.finish();
+        let scores = run.finish()?;
         if monitor == Monitor::Probes {
             self.watch(&scores, position as u32);
         }

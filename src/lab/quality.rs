@@ -113,7 +113,7 @@ fn run(subject: &Subject<'_>, tokens: &[u32]) -> Result<Pass> {
         width: config.d_model,
         vocab: config.vocab_size,
         layers: hooks
-            .finish()
+            .finish()?
             .captured
             .into_iter()
             .map(|c| c.values)

@@ -85,7 +85,7 @@ impl<'a> Alone<'a> {
             .forward(&batch, &mut self.kv, &mut run)
             .unwrap();
         self.seen += tokens.len();
-        let captured = run.finish().captured;
+        let captured = run.finish().expect("scores").captured;
         (
             hidden,
             captured.into_iter().map(|c| (c.site, c.values)).collect(),

@@ -130,7 +130,7 @@ fn in_process() -> BTreeMap<String, Vec<f32>> {
     }
     let mut run = HookRun::new(&plan, ids.len());
     decoder.forward(&batch, &mut kv, &mut run).unwrap();
-    let captured = run.finish().captured;
+    let captured = run.finish().expect("scores").captured;
     captured
         .into_iter()
         .map(|c| (c.site.to_string(), c.values))
