@@ -29,18 +29,19 @@ CATEGORIES = set(
 )
 
 TRAIN = (
-    "contrast contrast_more contrast_third contrast_fourth benign_general benign_traffic benign_traffic_second benign_edgy "
-    "harmful_general harmful_more requests_third benign_alarming benign_frames harmful_frames frames_second tense tense_second "
-    "indirect indirect_more"
+    "contrast contrast_more contrast_third contrast_fourth benign_general benign_traffic benign_traffic_second "
+    "benign_edgy harmful_general harmful_more requests_third benign_alarming benign_frames harmful_frames "
+    "frames_second tense tense_second indirect indirect_more"
 ).split()
-PAIRED = ["contrast", "contrast_more", "contrast_third", "contrast_fourth", "requests_third", "frames_second", "tense_second"]
+PAIRED = "contrast contrast_more contrast_third contrast_fourth requests_third frames_second tense_second".split()
 WRAPPED = ["dev_wrapped", "dev_wrapped_more", "dev_wrapped_third"]
 DEV = (
     "dev_contrast dev_tense dev_edgy dev_alarming dev_benign_conversational dev_benign_traffic dev_benign_traffic_more "
     "dev_benign_backend"
 ).split() + WRAPPED
 WRAPPERS = {"wrappers": 24, "wrappers_more": 50, "wrappers_long": 47, "wrappers_third": 80}  # file -> frames at least
-CALIBRATION = ["calibration_own", "calibration_second"]  # for thresholds: overlaps neither what is fitted nor what is held out
+# For thresholds: overlaps neither what is fitted nor what is held out.
+CALIBRATION = ["calibration_own", "calibration_second"]
 PROMPTS = TRAIN + CALIBRATION + DEV + ["demo"]
 
 # What a person can say of an answer in JUDGED_FILES, and how the answer came about.

@@ -6,7 +6,7 @@
 FOLDER of --data-dir holds train.jsonl and calibration_benign.jsonl: benchmark prompts, which stay out
 of this repository (see ../data/README.md). What is made lands in smollm2-135m-instruct/ beside this
 file; what was made on the way (prompts, states, answers, labels) stays in --work, and a run that was
-interrupted goes on with it. All of it takes about three quarters of an hour on two cores.
+interrupted goes on with it. All of it takes about an hour on two cores.
 Every choice here was made on training rows and on ../data/dev_*; no test file is read.
 """
 

@@ -370,7 +370,8 @@ impl Sequence {
         let at = position as u32;
         let logged = outputs.iter().map(|output| output.clone().map(Into::into));
         let logged = logged.collect();
-        let step = match self.token_at(position) {
+        let token = self.token_at(position);
+        let step = match token {
             Token::Prompt {
                 in_content,
                 is_last,
@@ -387,7 +388,6 @@ impl Sequence {
             },
         };
         self.steps.push(step);
-        let token = self.token_at(position);
         show(&mut self.state, &policy, token, at, &outputs);
     }
 

@@ -11,7 +11,7 @@ use super::stack::ProbeStack;
 /// How many interventions one request may ask for.
 pub const INTERVENTION_LIMIT: usize = 64;
 
-/// Rows, sites and actions of one step. An empty plan costs one look-up per site.
+/// Rows, sites and actions of one step. An empty plan costs one comparison per site.
 pub struct HookPlan {
     n_layers: usize,
     /// By `Site::index`: one more than the place in `sites`, or 0 where nothing is done.
@@ -93,10 +93,6 @@ impl HookPlan {
             sites: Vec::new(),
             groups: Vec::new(),
         }
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.sites.is_empty()
     }
 
     pub(super) fn n_layers(&self) -> usize {

@@ -329,7 +329,7 @@ mod tests {
             &vector(),
             None,
         );
-        assert!(plan.is_empty());
+        assert_eq!(plan.next_stop(0), usize::MAX);
     }
 
     #[test]
