@@ -4,9 +4,8 @@
 //! A block is freed when its last holder drops it. A published block stays findable after that
 //! until its room is needed, oldest first.
 
-use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use inwit_probes::TokenOutput;
 use sha2::{Digest, Sha256};
@@ -38,7 +37,7 @@ pub(super) fn block_key(
 }
 
 #[derive(Clone)]
-pub(super) struct BlockPool(Rc<RefCell<Pool>>);
+pub(super) struct BlockPool(Arc<Mutex<Pool>>);
 
 struct Pool {
     holders: Vec<u32>,
@@ -71,14 +70,14 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        self.pool.0.borrow_mut().give_back(self.number);
+        self.pool.lock().give_back(self.number);
     }
 }
 
 impl BlockPool {
     pub(super) fn new(blocks: usize) -> Self {
         let count = u32::try_from(blocks).unwrap_or(u32::MAX);
-        Self(Rc::new(RefCell::new(Pool {
+        Self(Arc::new(Mutex::new(Pool {
             holders: vec![0; blocks],
             free: (0..count).rev().collect(),
             published: (0..blocks).map(|_| None).collect(),
@@ -88,15 +87,19 @@ impl BlockPool {
         })))
     }
 
+    fn lock(&self) -> MutexGuard<'_, Pool> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Blocks that nobody holds.
     pub(super) fn available(&self) -> usize {
-        let pool = self.0.borrow();
+        let pool = self.lock();
         pool.free.len() + pool.idle.len()
     }
 
     /// An empty block: a free one, else the one that has been idle longest.
     pub(super) fn take(&self) -> Option<Block> {
-        let mut pool = self.0.borrow_mut();
+        let mut pool = self.lock();
         let number = match pool.free.pop() {
             Some(number) => number,
             None => pool.evict_oldest()?,
@@ -110,7 +113,7 @@ impl BlockPool {
 
     /// The block published under `key`, and what its scores are for `probes` (content hashes).
     pub(super) fn find(&self, key: &BlockKey, probes: &[String]) -> Found {
-        let mut pool = self.0.borrow_mut();
+        let mut pool = self.lock();
         let Some(number) = pool.by_key.get(key).copied() else {
             return Found::Nothing;
         };
@@ -136,7 +139,7 @@ impl BlockPool {
     /// Makes a full block findable. Where its contents are already published, only scores that
     /// were missing are added.
     pub(super) fn publish(&self, block: &Block, key: BlockKey, scores: BlockScores) {
-        let mut pool = self.0.borrow_mut();
+        let mut pool = self.lock();
         let number = pool.by_key.get(&key).copied().unwrap_or(block.number);
         pool.by_key.insert(key, number);
         match &mut pool.published[number as usize] {

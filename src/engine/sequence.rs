@@ -60,6 +60,8 @@ pub(super) struct Sequence {
     pub(super) effect: Effect,
     /// The most severe action that was acted upon.
     acted: Action,
+    /// What the policy decided on the pass that is going on.
+    judged: Option<Decision>,
     /// Decoding is over; the verdict on the last token is awaited.
     ending: Option<FinishReason>,
     max_tokens: usize,
@@ -195,6 +197,7 @@ impl Sequence {
             attempt: 0,
             effect,
             acted: Action::Allow,
+            judged: None,
             ending: None,
             max_tokens,
             withheld: 0,
@@ -318,28 +321,35 @@ impl Sequence {
         Flow::Done
     }
 
-    /// Takes in one pass over `rows` of its tokens. `outputs`: per row, what each probe said;
-    /// `logits`: of the last row, where `wants_logits`.
-    pub(super) fn after_pass(
-        &mut self,
-        rows: usize,
-        outputs: Vec<Vec<TokenOutput>>,
-        logits: Option<&[f32]>,
-        around: &Surroundings,
-    ) {
+    /// Takes in what the probes said in one pass over `rows` of its tokens, and lets the policy
+    /// judge. `outputs`: per row, what each probe said.
+    pub(super) fn observe_pass(&mut self, rows: usize, outputs: Vec<Vec<TokenOutput>>) {
         self.outputs.truncate(self.computed);
         self.outputs.extend(outputs);
+        let scoring = matches!(self.request.work, Work::Score { .. });
         for position in self.computed..self.computed + rows {
             self.computed = position + 1;
             self.observe(position);
-            if matches!(self.request.work, Work::Score { .. }) {
+            if scoring {
                 self.tell_prompt_score(position);
                 if self.computed >= self.prompt_len() {
                     self.judge();
                 }
             }
         }
-        if self.computed < self.tokens.len() || self.computed < self.prompt_len() {
+        if self.is_caught_up() && !scoring && self.ending.is_none() {
+            self.judged = Some(self.judge());
+        }
+    }
+
+    /// Whether every known token was computed, the prompt among them.
+    fn is_caught_up(&self) -> bool {
+        self.computed >= self.tokens.len() && self.computed >= self.prompt_len()
+    }
+
+    /// Goes on from a pass that was observed. `logits`: of its last row, where `wants_logits`.
+    pub(super) fn after_pass(&mut self, logits: Option<&[f32]>, around: &Surroundings) {
+        if !self.is_caught_up() {
             return;
         }
         if matches!(self.request.work, Work::Score { .. }) {
@@ -348,11 +358,13 @@ impl Sequence {
         if let Some(reason) = self.ending {
             return self.conclude(reason, around);
         }
-        let decision = self.judge();
+        let Some(decision) = self.judged.take() else {
+            return self.finish_failed(Error::internal("a pass that nobody judged"), around);
+        };
+        let passes = self.computed - self.prompt_len();
         if self.follow(decision.clone(), around) != Flow::On {
             return;
         }
-        let passes = self.computed - self.prompt_len();
         match self.choose(logits, around) {
             Choice::Failed => {}
             Choice::Ends(reason) => self.conclude(reason, around),

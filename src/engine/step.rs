@@ -21,7 +21,7 @@ use super::sequence::{Scored, Sequence, Surroundings};
 use crate::error::{Error, Result};
 use crate::hooks::{HookPlan, HookRun, ProbeStack, RowCondition};
 use crate::metrics;
-use crate::model::kernels::{ComputePool, KV_BLOCK};
+use crate::model::kernels::{ComputePool, KV_BLOCK, beside};
 use crate::model::{Batch, Decoder, KvCache, ModelConfig, RefusalRow, Span, Tokenizer, host};
 use crate::policy::{DecisionSink, Mode, Policy};
 use crate::registry::Snapshot;
@@ -357,7 +357,8 @@ impl StepLoop {
 
     fn pass(&mut self, picked: &[(usize, usize)], batch: &Batch, plan: &HookPlan) -> Result<()> {
         let mut run = HookRun::new(plan, batch.rows());
-        let (decoder, kv, running) = (&self.decoder, &mut self.kv, &self.running);
+        let (decoder, kv, running) = (&self.decoder, &mut self.kv, &mut self.running);
+        let spans = || picked.iter().zip(&batch.spans);
         let chosen: Vec<usize> = picked
             .iter()
             .filter(|(index, rows)| {
@@ -366,60 +367,45 @@ impl StepLoop {
             })
             .map(|(index, _)| *index)
             .collect();
-        let last_rows: Vec<usize> = picked
-            .iter()
-            .zip(&batch.spans)
+        let last_rows: Vec<usize> = spans()
             .filter(|((index, _), _)| chosen.contains(index))
             .map(|(_, span)| span.first_row + span.rows - 1)
             .collect();
-        let refusals: Vec<RefusalRow<'_>> = chosen
+        let heads = chosen.iter().enumerate();
+        let heads =
+            heads.filter_map(|(row, index)| Some((row, running[*index].effect.head.clone()?)));
+        let heads: Vec<_> = heads.collect();
+        let refusals: Vec<RefusalRow<'_>> = heads
             .iter()
-            .enumerate()
-            .filter_map(|(row, index)| {
-                let (head, gain) = running[*index].effect.head.as_ref()?;
-                Some(RefusalRow {
-                    row,
-                    a: &head.a,
-                    b: &head.b,
-                    gain: *gain,
-                })
+            .map(|(row, (head, gain))| RefusalRow {
+                row: *row,
+                a: &head.a,
+                b: &head.b,
+                gain: *gain,
             })
             .collect();
-        let steered = picked.iter().zip(&batch.spans);
-        let steered = steered.filter(|((index, _), _)| running[*index].is_steered_by_caller());
+        let steered = spans().filter(|((index, _), _)| running[*index].is_steered_by_caller());
         let steered: Vec<_> = steered.map(|((index, _), span)| (*index, span)).collect();
-        let (logits, broken) = self.pool.install(|| {
+        let (logits, broken, undecided) = self.pool.install(|| {
             let hidden = decoder.forward(batch, kv, &mut run)?;
             let broken = match steered.is_empty() {
                 true => Vec::new(),
                 false => not_finite(&hidden, &steered)?,
             };
-            let logits = match last_rows.is_empty() {
-                true => Vec::new(),
-                false => decoder.logits(&hidden, &last_rows, &refusals)?,
-            };
-            Ok::<_, Error>((logits, broken))
+            // The head's weights are the largest that a pass streams by, and no score waits for
+            // them: the policy judges the pass beside their product.
+            let mut undecided = Ok(Vec::new());
+            let observe = || undecided = observe(run, picked, batch, running, &broken);
+            let logits = beside(observe, || match last_rows.is_empty() {
+                true => Ok(Vec::new()),
+                false => decoder.logits(&hidden, &last_rows, &refusals),
+            })?;
+            Ok::<_, Error>((logits, broken, undecided?))
         })?;
-        let mut scores = run.finish()?;
-        let mut captured = std::mem::take(&mut scores.captured);
         let vocab = self.info.config.vocab_size;
-        for ((index, rows), span) in picked.iter().zip(&batch.spans) {
-            let outputs: Vec<Vec<TokenOutput>> = (span.first_row..span.first_row + span.rows)
-                .map(|row| {
-                    let outputs = scores.of_row(row).unwrap_or_default();
-                    outputs
-                        .into_iter()
-                        .map(|output| output.unwrap_or(FAILED))
-                        .collect()
-                })
-                .collect();
-            let captured: Vec<_> = captured.extract_if(.., |c| c.key == *index).collect();
-            let failed = scores
-                .failures
-                .iter()
-                .any(|(row, _)| (span.first_row..span.first_row + span.rows).contains(row));
+        for (index, _) in picked {
             let sequence = &mut self.running[*index];
-            if failed {
+            if undecided.contains(index) {
                 let message = "its condition's probe gave no finite score";
                 let error = Error::invalid("input.interventions", message);
                 sequence.finish_failed(error, &self.around);
@@ -433,10 +419,7 @@ impl StepLoop {
             }
             let place = chosen.iter().position(|chosen| chosen == index);
             let logits = place.map(|place| &logits[place * vocab..(place + 1) * vocab]);
-            for captured in captured {
-                sequence.take_captured(captured, span.first_row, span.start);
-            }
-            sequence.after_pass(*rows, outputs, logits, &self.around);
+            sequence.after_pass(logits, &self.around);
         }
         for (index, _) in picked {
             self.publish(*index);
@@ -487,6 +470,41 @@ impl StepLoop {
         metrics::load_changed(running, self.shared.waiting.load(Ordering::Acquire));
         metrics::kv_changed(used, self.kv.blocks());
     }
+}
+
+/// Shows the policies what a pass read, save those of `broken` sequences. Returns the sequences with a
+/// condition that could not be decided.
+fn observe(
+    run: HookRun<'_>,
+    picked: &[(usize, usize)],
+    batch: &Batch,
+    running: &mut [Sequence],
+    broken: &[usize],
+) -> Result<Vec<usize>> {
+    let mut scores = run.finish()?;
+    let mut captured = std::mem::take(&mut scores.captured);
+    let mut undecided = Vec::new();
+    for ((index, rows), span) in picked.iter().zip(&batch.spans) {
+        let of_span = span.first_row..span.first_row + span.rows;
+        if scores.failures.iter().any(|(row, _)| of_span.contains(row)) {
+            undecided.push(*index);
+            continue;
+        }
+        // Of a request that fails nothing is told, remembered or published.
+        if broken.contains(index) {
+            continue;
+        }
+        let sequence = &mut running[*index];
+        for captured in captured.extract_if(.., |c| c.key == *index) {
+            sequence.take_captured(captured, span.first_row, span.start);
+        }
+        let outputs = of_span.map(|row| {
+            let outputs = scores.of_row(row).unwrap_or_default().into_iter();
+            outputs.map(|output| output.unwrap_or(FAILED)).collect()
+        });
+        sequence.observe_pass(*rows, outputs.collect());
+    }
+    Ok(undecided)
 }
 
 /// Stands for a probe that gave no number; the policy takes it as the failure it is.

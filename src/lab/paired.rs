@@ -14,7 +14,7 @@ use super::seeded::Seeded;
 use super::statistics::{Added, Alternation, added};
 use crate::error::{Error, Result};
 use crate::hooks::{HookPlan, HookRun, ProbeStack, Scores};
-use crate::model::kernels::{ComputePool, KV_BLOCK, KvType};
+use crate::model::kernels::{ComputePool, KV_BLOCK, KvType, beside};
 use crate::model::{Batch, Decoder, KvCache, host};
 use crate::policy::{DecisionStep, Policy, PolicyState};
 
@@ -202,7 +202,7 @@ impl<'a> Steps<'a> {
         let mut run = HookRun::new(&plan, batch.rows());
         let rows: Vec<usize> = (0..batch.rows()).collect();
         let (decoder, kv) = (self.decoder, &mut self.kv);
-        let logits = self.pool.install(|| {
+        let read = self.pool.install(|| {
             let hidden = decoder.forward(&batch, kv, &mut run)?;
             // The engine looks at steered rows for overflows.
             if monitor == Monitor::Interventions {
@@ -210,22 +210,22 @@ impl<'a> Steps<'a> {
                     values.iter().all(|value| value.is_finite())
                 })?);
             }
-            decoder.logits(&hidden, &rows, &[])
+            // As the engine does: the policy judges beside the head's product.
+            let (watches, policy) = (&mut self.watches, &self.policy);
+            let mut scores = Ok(Vec::new());
+            let observe = || {
+                scores = run.finish().map(|scores| {
+                    if monitor == Monitor::Probes {
+                        watch(watches, policy, &scores, position as u32);
+                    }
+                    scores.captured
+                });
+            };
+            let logits = beside(observe, || decoder.logits(&hidden, &rows, &[]))?;
+            Ok::<_, Error>((logits, scores?))
         })?;
-        let scores = run.finish()?;
-        if monitor == Monitor::Probes {
-            self.watch(&scores, position as u32);
-        }
-        black_box((&logits, &scores.captured));
+        black_box(&read);
         Ok(started.elapsed().as_secs_f64() * 1e6)
-    }
-
-    /// What the engine does with a monitored row's scores after a pass.
-    fn watch(&mut self, scores: &Scores<'_>, position: u32) {
-        for (row, watch) in self.watches.iter_mut().enumerate() {
-            let outputs = scores.of_row(row).unwrap_or_default().into_iter();
-            watch.observe(&self.policy, position, outputs.map(Result::ok).collect());
-        }
     }
 
     fn prefill(&mut self) -> Result<()> {
@@ -242,6 +242,14 @@ impl<'a> Steps<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// What the engine does with the scores of monitored rows.
+fn watch(watches: &mut [Watch], policy: &Policy, scores: &Scores<'_>, position: u32) {
+    for (row, watch) in watches.iter_mut().enumerate() {
+        let outputs = scores.of_row(row).unwrap_or_default().into_iter();
+        watch.observe(policy, position, outputs.map(Result::ok).collect());
     }
 }
 

@@ -15,7 +15,9 @@ pub use attention::{AttentionShape, KV_BLOCK, KvLayer, KvType, SpanRows, attend}
 pub use elementwise::{
     add, add_assign, axpy, dot, gelu_tanh_mul, highest, l2_norm, rms_norm, rope, silu_mul,
 };
-pub use pool::{ComputePool, current_threads, fill_rows, new_rows, new_rows_in_pieces, parallel};
+pub use pool::{
+    ComputePool, beside, current_threads, fill_rows, new_rows, new_rows_in_pieces, parallel,
+};
 pub use product::{PackedMatrix, ROWS_PER_THREAD, WeightFormat};
 pub use quantised::{QUANT_BLOCK, QuantKind, Rounding};
 

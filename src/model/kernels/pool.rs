@@ -2,7 +2,7 @@
 //! A forward pass hands out a piece of work every few microseconds: waking a sleeping thread would
 //! cost more than the work. Between passes the threads sleep, so that an idle server is idle.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -13,7 +13,11 @@ const LOOKS: usize = 4_000;
 
 thread_local! {
     static CURRENT: RefCell<Option<Arc<Shared>>> = const { RefCell::new(None) };
+    /// What the next long job takes along as one more piece.
+    static BESIDE: Cell<Option<Aside>> = const { Cell::new(None) };
 }
+
+type Aside = &'static (dyn Fn() + Sync);
 
 /// Compute threads; the thread that calls is one of them.
 pub struct ComputePool {
@@ -116,6 +120,13 @@ pub fn current_threads() -> usize {
     CURRENT.with(|current| current.borrow().as_ref().map_or(1, |shared| shared.threads))
 }
 
+/// In how many pieces the panels of a product are shared: enough to balance, few enough to hand out
+/// cheaply. A language-model head has so many panels that a piece of it is small all the same, and
+/// evens out what runs beside it.
+pub(super) fn pieces_of(panels: usize) -> usize {
+    (current_threads() * 8).max(panels / 16).min(panels).max(1)
+}
+
 /// Calls `work` with each of `0..pieces` once, on the threads of the installed pool, else here.
 ///
 /// # Panics
@@ -136,6 +147,51 @@ pub fn parallel(pieces: usize, work: impl Fn(usize) + Sync) {
             (0..pieces).for_each(work);
         }
     }
+}
+
+/// The same for a job that is long enough to take along what runs `beside` it.
+pub(super) fn parallel_long(pieces: usize, work: impl Fn(usize) + Sync) {
+    match BESIDE.take() {
+        None => parallel(pieces, work),
+        // First, so that the others can even out how long it takes.
+        Some(aside) => parallel(pieces + 1, |piece| match piece.checked_sub(1) {
+            None => aside(),
+            Some(piece) => work(piece),
+        }),
+    }
+}
+
+/// Runs `main` here and `aside` once: as one more piece of the first long job in `main`, on whichever
+/// thread gets to it, or after `main` where it has none. Both are over when this returns.
+///
+/// # Panics
+/// When either does.
+pub fn beside<T>(aside: impl FnOnce() + Send, main: impl FnOnce() -> T) -> T {
+    let aside = Mutex::new(Some(aside));
+    let run = || {
+        let aside = aside.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(aside) = aside {
+            aside();
+        }
+    };
+    let shared: &(dyn Fn() + Sync) = &run;
+    // SAFETY: only the lifetime is erased. Whoever takes it out is done with it inside `main`, and
+    // what nobody took is taken back before this function is left.
+    #[allow(unsafe_code)]
+    let shared =
+        unsafe { std::mem::transmute::<&(dyn Fn() + Sync), &'static (dyn Fn() + Sync)>(shared) };
+    struct TakeBack(Option<Aside>);
+    impl Drop for TakeBack {
+        fn drop(&mut self) {
+            BESIDE.set(self.0);
+        }
+    }
+    let result = {
+        let _before = TakeBack(BESIDE.replace(Some(shared)));
+        main()
+    };
+    run();
+    result
 }
 
 /// Numbers below which rows are worked on by the caller alone.
@@ -386,6 +442,53 @@ mod tests {
         let run = || pool.install(|| parallel(16, |piece| assert_ne!(piece, 11, "on purpose")));
         assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
         assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+        pool.install(|| assert_eq!(counted(64), [1; 64]));
+    }
+
+    #[test]
+    fn what_runs_beside_is_a_piece_of_the_first_long_job_and_runs_once() {
+        for threads in 1..4 {
+            let pool = ComputePool::new(threads).expect("threads");
+            let times = AtomicU64::new(0);
+            let main = || {
+                assert_eq!(counted(9), [1; 9]);
+                assert_eq!(
+                    times.load(Ordering::Relaxed),
+                    0,
+                    "a short job takes nothing along"
+                );
+                for _ in 0..2 {
+                    let total = AtomicU64::new(0);
+                    parallel_long(9, |piece| {
+                        total.fetch_add(piece as u64, Ordering::Relaxed);
+                    });
+                    assert_eq!(total.into_inner(), 36);
+                    assert_eq!(times.load(Ordering::Relaxed), 1);
+                }
+            };
+            let aside = || {
+                times.fetch_add(1, Ordering::Relaxed);
+            };
+            pool.install(|| beside(aside, main));
+            assert_eq!(times.into_inner(), 1);
+        }
+    }
+
+    #[test]
+    fn what_runs_beside_no_long_job_runs_after_it() {
+        let mut times = 0;
+        assert_eq!(beside(|| times += 1, || counted(3)), [1; 3]);
+        assert_eq!(times, 1);
+    }
+
+    #[test]
+    fn a_panic_beside_reaches_the_caller_and_nothing_is_left_over() {
+        let pool = ComputePool::new(2).expect("threads");
+        let run = || pool.install(|| beside(|| panic!("on purpose"), || parallel_long(16, |_| {})));
+        assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+        let main_panics = || pool.install(|| beside(|| {}, || -> u8 { panic!("on purpose") }));
+        assert!(catch_unwind(AssertUnwindSafe(main_panics)).is_err());
+        assert!(BESIDE.take().is_none());
         pool.install(|| assert_eq!(counted(64), [1; 64]));
     }
 

@@ -4,7 +4,7 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::pool::{current_threads, new_rows_in_pieces, parallel};
+use super::pool::{current_threads, new_rows_in_pieces, parallel_long, pieces_of};
 use super::quantised::{QuantKind, QuantMatrix, Rounding};
 use super::{SharedOut, emit};
 
@@ -208,10 +208,9 @@ impl PackedMatrix {
         if x.len() * outputs < PARALLEL_WORK {
             panels.chunks(panel_len).enumerate().for_each(fill_panel);
         } else {
-            // A few large pieces per thread: enough to balance, few enough to hand out cheaply.
             let count = panels.len() / panel_len;
-            let pieces = (current_threads() * 8).min(count).max(1);
-            parallel(pieces, |piece| {
+            let pieces = pieces_of(count);
+            parallel_long(pieces, |piece| {
                 for index in piece * count / pieces..(piece + 1) * count / pieces {
                     fill_panel((index, &panels[index * panel_len..(index + 1) * panel_len]));
                 }

@@ -12,7 +12,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::elementwise::ROUND;
-use super::pool::{current_threads, parallel};
+use super::pool::{current_threads, parallel, parallel_long, pieces_of};
 use super::{SharedOut, emit};
 
 /// Inputs that share a scale.
@@ -345,9 +345,8 @@ impl QuantMatrix {
         if rows * self.inputs * self.outputs < PARALLEL_WORK {
             (0..panels).for_each(fill_panel);
         } else {
-            // Enough pieces to balance, few enough to hand out cheaply.
-            let pieces = (current_threads() * 8).min(panels).max(1);
-            parallel(pieces, |piece| {
+            let pieces = pieces_of(panels);
+            parallel_long(pieces, |piece| {
                 (piece * panels / pieces..(piece + 1) * panels / pieces).for_each(fill_panel);
             });
         }
