@@ -4,7 +4,8 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use inwit::model::kernels::{
-    AttentionShape, KV_BLOCK, KvLayer, KvType, PackedMatrix, SpanRows, WeightFormat, attend,
+    AttentionShape, KV_BLOCK, KvLayer, KvType, PackedMatrix, QuantKind, SpanRows, WeightFormat,
+    attend,
 };
 
 /// `[outputs, inputs]`: attention in, attention out, MLP in, MLP out.
@@ -20,7 +21,7 @@ fn numbers(count: usize) -> Vec<f32> {
 
 fn products(c: &mut Criterion) {
     let mut group = c.benchmark_group("product");
-    for format in [WeightFormat::F32, WeightFormat::Bf16] {
+    for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Q8_0] {
         for (outputs, inputs) in SHAPES {
             let weight = numbers(outputs * inputs);
             let weight = PackedMatrix::pack(&weight, outputs, inputs, format);
@@ -35,7 +36,26 @@ fn products(c: &mut Criterion) {
             }
         }
     }
+    for (outputs, inputs) in SHAPES {
+        let weight =
+            PackedMatrix::pack_blocks(&q4_1(outputs * inputs), outputs, inputs, QuantKind::Q4_1);
+        for rows in ROWS {
+            let x = numbers(rows * inputs);
+            group.throughput(Throughput::Elements((rows * outputs * inputs) as u64));
+            let name = format!("q4_1/{outputs}x{inputs}");
+            group.bench_function(BenchmarkId::new(name, rows), |b| {
+                b.iter(|| weight.product(black_box(&x)));
+            });
+        }
+    }
     group.finish();
+}
+
+/// Blocks of 32 weights as a GGUF file holds them: a scale of 1/256, a minimum of -1/32, 4-bit numbers.
+fn q4_1(weights: usize) -> Vec<u8> {
+    let quants = |block: usize| (0..16).map(move |i| (block * 31 + i * 7) as u8);
+    let block = |block| [0x00, 0x1c, 0x00, 0xa8].into_iter().chain(quants(block));
+    (0..weights / 32).flat_map(block).collect()
 }
 
 fn attention(c: &mut Criterion) {

@@ -3,13 +3,13 @@
 
     python3 benches/peers.py --model FILE.gguf --inwit target/release/inwit --out peers.md
 
-llama.cpp (its Python package, built here for this processor) and mistral.rs (its Python package)
-are installed into virtual environments under --work; each engine runs in processes of its own.
+llama.cpp (its Python package) and mistral.rs (its crate, through mistral/ beside this file) are built
+for this processor under --work; each engine runs in processes of its own.
 All read the same prose: one prompt of 512 tokens (prefill), then 1, 4, 8 and 16 streams with
-prompts of 64 tokens that write 128 tokens each (decode). llama.cpp runs the file as it comes and
-the same weights as Q8_0, in every setting of SETTINGS; of each engine the best setting counts,
-by the median of its rounds. The rounds of all engines take turns, so that a machine that slows
-down slows all of them.
+prompts of 64 tokens that write 128 tokens each (decode). Both peers run the file as it comes and
+the same weights as Q8_0, llama.cpp in every setting of SETTINGS; mistral.rs has none on a CPU. Of
+each engine the best setting counts, by the median of its rounds. The rounds of all engines take
+turns, so that a machine that slows down slows all of them.
 
 It does not judge the numbers: the table and the raw results (--json) are what it leaves.
 """
@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STREAMS = [1, 4, 8, 16]
 PROMPT, CONTEXT, ANSWER = 512, 64, 128
 MEMORY_STREAMS, MEMORY_TOKENS = 16, 1000
-# Everything that llama.cpp lets a user choose here and that makes a difference on a CPU.
+# What llama.cpp lets a user choose here and that made a difference on a CPU; keys and values stay f16.
+# Its memory is measured at the last of them.
 SETTINGS = [
     {"n_ubatch": n_ubatch, "flash_attn": flash_attn, "kv_unified": kv_unified}
     for n_ubatch, flash_attn, kv_unified in itertools.product((128, 512), (False, True), (False, True))
@@ -39,13 +40,13 @@ SETTINGS = [
 NO_AMX = "-DGGML_NATIVE=OFF" + "".join(
     f" -DGGML_{name}=ON" for name in ("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16", "AVX_VNNI")
 )
-PACKAGES = {"llama": ["llama-cpp-python", "numpy"], "mistral": ["mistralrs"]}
+PACKAGES = ["llama-cpp-python", "numpy"]
 
 
 def main():
     options = arguments()
     if options.child:
-        return print(json.dumps(child(options)))
+        return print(json.dumps(llama(options)))
     options.work.mkdir(parents=True, exist_ok=True)
     engines = engines_of(options)
     results = {name: [] for name in engines}
@@ -80,7 +81,7 @@ def arguments():
     parser.add_argument("--out", type=Path, help="the table, in Markdown")
     parser.add_argument("--json", type=Path, help="every result of every round")
     parser.add_argument("--quick", action="store_true", help="a small run that shows that all works")
-    parser.add_argument("--child", choices=["llama", "mistral"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
@@ -96,36 +97,35 @@ def engines_of(options):
     if options.inwit and "inwit" in wanted:
         engines["Inwit"] = lambda: inwit(options)
     if "llama" in wanted:
-        python = environment(options, "llama")
+        python = environment(options)
         q8_0 = requantised(options, python)
-        engines["llama.cpp, as it comes"] = lambda: in_child(options, python, "llama", options.model)
-        engines["llama.cpp, Q8_0"] = lambda: in_child(options, python, "llama", q8_0)
+        engines["llama.cpp, as it comes"] = lambda: in_child(options, python, options.model)
+        engines["llama.cpp, Q8_0"] = lambda: in_child(options, python, q8_0)
     if "mistral" in wanted:
-        python = environment(options, "mistral")
-        engines["mistral.rs"] = lambda: in_child(options, python, "mistral", options.model)
+        program, q8_0 = mistral_program(options), requantised(options, environment(options))
+        engines["mistral.rs, as it comes"] = lambda: mistral(options, program, options.model)
+        engines["mistral.rs, Q8_0"] = lambda: mistral(options, program, q8_0)
     return engines
 
 
 # --- the engines, from outside ---
 
 
-def environment(options, name):
-    """A virtual environment with an engine's package, made once."""
-    folder = options.work / name
+def environment(options):
+    """A virtual environment with llama.cpp's package, made once."""
+    folder = options.work / "llama"
     python = folder / "bin/python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         flags = {**os.environ, "CMAKE_ARGS": NO_AMX if options.cmake_args == "no-amx" else options.cmake_args}
-        install = [python, "-m", "pip", "install", "--quiet", *PACKAGES[name]]
-        if name == "llama":
-            # A wheel would be built for some other processor.
-            install += ["--no-binary", "llama-cpp-python"]
+        # A wheel would be built for some other processor.
+        install = [python, "-m", "pip", "install", "--quiet", *PACKAGES, "--no-binary", "llama-cpp-python"]
         subprocess.run(install, check=True, env=flags)
     return python
 
 
 def requantised(options, python):
-    """The same weights as Q8_0, for llama.cpp: its best format on many processors."""
+    """The same weights as Q8_0: the peers' best format on many processors."""
     out = options.work / f"{options.model.stem}.as-q8_0.gguf"
     if not out.exists():
         code = (
@@ -138,20 +138,53 @@ def requantised(options, python):
     return out
 
 
-def in_child(options, python, name, model):
+def in_child(options, python, model):
     def run(*flags):
-        command = [python, __file__, "--child", name, "--model", model, "--threads", str(options.threads), *flags]
-        command += ["--quick"] if options.quick else []
-        # Any pool that an engine makes must see the same limit.
-        limits = {key: str(options.threads) for key in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
-        ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **limits})
-        if ended.returncode != 0:
-            last = (ended.stderr.strip().splitlines() or ["said nothing"])[-1]
-            raise RuntimeError(f"it ended with {ended.returncode}: {last}")
-        return json.loads(ended.stdout.splitlines()[-1])
+        command = [python, __file__, "--child", "--model", model, "--threads", str(options.threads), *flags]
+        return answer_of(options, command + (["--quick"] if options.quick else []))
 
     # A peak remembers everything before it, so memory has a process of its own.
     return {**run(), "peak_rss": run("--memory")["peak_rss"]}
+
+
+def answer_of(options, command):
+    """The JSON that a process prints last."""
+    # Any pool that an engine makes must see the same limit.
+    limits = {key: str(options.threads) for key in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **limits})
+    if ended.returncode != 0:
+        last = (ended.stderr.strip().splitlines() or ["said nothing"])[-1]
+        raise RuntimeError(f"it ended with {ended.returncode}: {last}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def mistral_program(options):
+    """The program in mistral/, built for this processor."""
+    target = options.work / "mistral"
+    command = ["cargo", "build", "--release", "--quiet", "--manifest-path", ROOT / "benches/mistral/Cargo.toml"]
+    flags = {"RUSTFLAGS": "-C target-cpu=native", "CARGO_TARGET_DIR": str(target)}
+    subprocess.run(command, check=True, env={**os.environ, **flags})
+    return target / "release/inwit-peer-mistral"
+
+
+def mistral(options, program, model):
+    prose = options.work / "prose.txt"
+    prose.write_text(the_prose())
+
+    def run(prompt, context, answer, streams):
+        sizes = [str(prompt), str(context), str(answer), ",".join(map(str, streams))]
+        return answer_of(options, [program, model.resolve(), prose, *sizes])
+
+    answer = MEMORY_TOKENS // 10
+    memory = run(8, MEMORY_TOKENS - answer, answer, [MEMORY_STREAMS])
+    speed = run(PROMPT, CONTEXT, ANSWER, STREAMS)
+    setting = {"setting": {}, "prefill": speed["prefill"], "decode": speed["decode"]}
+    return {"version": "mistralrs 0.8.1, native build", "settings": [setting], "peak_rss": memory["peak_rss"]}
+
+
+def the_prose():
+    prose = re.search(r'const PROSE: &str = "(.*?)";', (ROOT / "src/lab/workload.rs").read_text(), re.DOTALL)
+    return prose.group(1).replace("\\\n", "")
 
 
 def inwit(options):
@@ -180,22 +213,17 @@ def inwit(options):
 # --- the engines, inside a process of their own ---
 
 
-def child(options):
-    prose = re.search(r'const PROSE: &str = "(.*?)";', (ROOT / "src/lab/workload.rs").read_text(), re.DOTALL)
-    prose = prose.group(1).replace("\\\n", "")
-    return (llama if options.child == "llama" else mistral)(options, prose)
-
-
 def rotated(tokens, stream, count):
     """As `inwit bench` begins each stream elsewhere in the prose."""
     first = stream * 37 % len(tokens)
     return list(itertools.islice(itertools.cycle(tokens), first, first + count))
 
 
-def llama(options, prose):
+def llama(options):
     import llama_cpp as l
     import numpy
 
+    prose = the_prose()
     l.llama_backend_init()
     silent = l.llama_log_callback(lambda *_: None)
     l.llama_log_set(silent, None)
@@ -279,69 +307,6 @@ def llama(options, prose):
     return {"version": f"llama-cpp-python {l.__version__} ({info}), KV f16", "settings": measured}
 
 
-def mistral(options, prose):
-    import importlib.metadata
-
-    from mistralrs import ChatCompletionRequest, Runner, Which
-
-    def runner(setting):
-        which = Which.GGUF(
-            quantized_model_id=str(options.model.resolve().parent), quantized_filename=options.model.name
-        )
-        return Runner(which=which, max_seqs=max(MEMORY_STREAMS, *STREAMS), prefix_cache_n=0, **setting)
-
-    def texts(runner, streams, count):
-        tokens = runner.tokenize_text(prose, False, False)
-        return [runner.detokenize_text(rotated(tokens, s, count), True) for s in range(streams)]
-
-    def begun(runner, prompt, answer):
-        """A stream whose first token has come. Prompts that come together fail in some versions."""
-        request = ChatCompletionRequest(
-            messages=prompt, model="default", max_tokens=answer, temperature=0.0, ignore_eos=True, stream=True
-        )
-        stream = iter(runner.send_chat_completion_request(request))
-        next(stream)
-        return stream
-
-    def prefill(runner):
-        times = []
-        for text in texts(runner, 3, PROMPT):
-            started = time.perf_counter()
-            begun(runner, text, 1)
-            times.append(time.perf_counter() - started)
-        return PROMPT / statistics.median(times)
-
-    def write(runner, streams, prompt, answer):
-        # Those that began first are ahead, so all ask for more tokens than are counted.
-        ahead = answer + 2 * streams
-        running = [begun(runner, text, ahead) for text in texts(runner, streams, prompt)]
-        started = time.perf_counter()
-        for _ in range(answer - 1):
-            for stream in running:
-                next(stream)
-        taken = time.perf_counter() - started
-        for stream in running:
-            for _ in stream:
-                pass
-        return streams * (answer - 1) / taken
-
-    if options.memory:
-        answer = MEMORY_TOKENS // 10
-        write(runner({"no_paged_attn": True}), MEMORY_STREAMS, MEMORY_TOKENS - answer, answer)
-        return {"peak_rss": peak_rss()}
-    measured = []
-    for setting in ({"no_paged_attn": True}, {"paged_attn": True}):
-        try:
-            made = runner(setting)
-            decode = {str(n): write(made, n, CONTEXT, ANSWER) for n in STREAMS}
-            measured.append({"setting": setting, "prefill": prefill(made), "decode": decode})
-        except Exception as error:  # noqa: BLE001, since a setting may not work on a CPU
-            print(f"mistral.rs fails with {setting}: {error}", file=sys.stderr)
-    if not measured:
-        raise SystemExit("mistral.rs ran in no setting")
-    return {"version": f"mistralrs {importlib.metadata.version('mistralrs')}", "settings": measured}
-
-
 def peak_rss():
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
@@ -391,7 +356,7 @@ def report(options, engines):
 
 
 def flags(setting):
-    return ", ".join(f"{key} {value}" for key, value in setting.items())
+    return ", ".join(f"{key} {value}" for key, value in setting.items()) or "nothing to choose"
 
 
 def machine():

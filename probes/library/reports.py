@@ -28,9 +28,11 @@ TESTS = (
 ).split()
 POLICY_TESTS = ["test_harmbench_vs_edgy", "test_xstest"]
 PAIR = ["--site", "blocks.14.hook_resid_post", "--site", "blocks.18.hook_resid_post"]
-# Every third layer's end, and rows enough to rank them: all of both would be many times the states.
-SWEPT = ",".join(f"blocks.{layer}.hook_resid_post" for layer in range(2, 30, 3))
+# Every fourth layer's end, and rows enough to rank them: all of both would be many times the states.
+SWEPT = ",".join(f"blocks.{layer}.hook_resid_post" for layer in range(2, 30, 4))
 SWEPT_ROWS = 4_000
+# As make.py fits prompt_harm.
+FIT = "--held-out 0.1 --attention-heads 16 --epochs 16 --weight-decay 3 --token-dropout 0.5".split()
 PARTS = ("sweep", "curve", "prompt_harm", "answers", "effects", "policy")
 
 
@@ -39,14 +41,13 @@ def main():
     arguments.add_argument("--inwit", required=True, help="the program")
     arguments.add_argument("--work", required=True, type=Path, help="the --work of make.py")
     arguments.add_argument("--tests", type=Path, help="folder of the test files; every run on them is logged")
-    arguments.add_argument("--states", nargs="*", default=[], type=Path, help="folders of `lab collect`, of any set")
+    arguments.add_argument("--states", nargs="*", default=[], type=Path, help="folders of `lab collect`, of prompt_harm's sets")
     arguments.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS, help="what to make; all, unless given")
     arguments.add_argument("--commit", help="what was measured, for the reports and the log")
     arguments = arguments.parse_args()
     work, tests = arguments.work, arguments.tests
     out = work / "reports"
     out.mkdir(exist_ok=True)
-    states = ["--states", work / "prompt_fit.states", *arguments.states]
     commit = ["--commit", arguments.commit] if arguments.commit else []
     log = ["--log", ROOT / "docs/evaluations.md"] if tests else []
     dev = [DATA / f"{name}.jsonl" for name in DEV]
@@ -67,15 +68,15 @@ def main():
               "--positions", "prompt_content", "--kind", "attention", "--out", out / "sweep")
 
     def curve():
-        inwit("probe", "curve", "--data", work / "prompt_fit.jsonl", *states, *PAIR,
+        inwit("probe", "curve", "--data", work / "prompt_fit.jsonl", "--states", work / "prompt_fit.states", *PAIR,
               "--dev", *(DATA / f"{name}.jsonl" for name in CURVE_DEV),
-              "--positions", "prompt_content", "--kind", "attention", "--out", out / "curve")
+              "--positions", "prompt_content", "--kind", "attention", *FIT, "--out", out / "curve")
         (REPORTS / "curve.svg").write_bytes((out / "curve/curve.svg").read_bytes())
 
     def prompt_harm():
         sets = [tests / f"{name}.jsonl" for name in TESTS] if tests else dev
-        report("probe", "prompt_harm", "--data", *sets, "--train", work / "prompt_fit.jsonl", *states,
-               "--seeds", 3, "--sweep-json", out / "sweep/sweep.json", *log)
+        report("probe", "prompt_harm", "--data", *sets, "--train", work / "prompt_fit.jsonl",
+               "--states", work / "prompt_fit.states", *arguments.states, "--seeds", 3, "--sweep-json", out / "sweep/sweep.json", *log)
 
     def answers():
         """What the model answers to prompts that no fit saw, labelled as the training answers were."""

@@ -329,7 +329,7 @@ fn added(config: &Config, options: &Added) -> Result<(Vec<AddedRow>, Loaded)> {
     } = model;
     let loaded = Loaded {
         model: name,
-        weight_format: decoder.placement().weights.to_string(),
+        weight_format: decoder.weights_held_as(),
         kv_type: engine.kv_type.to_string(),
         weight_bytes: decoder.weight_bytes(),
     };
@@ -402,10 +402,11 @@ fn tables(report: &Report) -> String {
     }
     if let Some(long) = &report.long_prompt {
         text.push_str(&format!(
-            "\na prompt of {} tokens among {} streams: p99 between their tokens {:.1} ms, before it \
+            "\na prompt of {} tokens among {} streams, {} to its end: p99 between their tokens {:.1} ms, before it \
              {:.1} ms at the median ({:.1}x); its first token after {:.0} ms, alone {:.0} ms ({:.2}x)\n",
             long.tokens,
             long.streams,
+            long.streams_to_the_end,
             long.during_p99_ms,
             long.before_p50_ms,
             long.during_over_before,

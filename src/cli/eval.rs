@@ -15,13 +15,13 @@ use super::paths;
 use super::probe::command_line;
 use super::progress::Progress;
 use super::terminal::{note, print};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lab::eval::ledger::Ledger;
 use crate::lab::eval::page::{Page, Section};
 use crate::lab::eval::probe::{Options, evaluate, find};
 use crate::lab::eval::trial::Setting;
 use crate::lab::eval::{html, layers, policy, policy_page, probe_page};
-use crate::lab::output::WholeFile;
+use crate::lab::output::{WholeFile, refuse_same_file};
 use crate::lab::rows;
 
 #[derive(Debug, Subcommand)]
@@ -50,9 +50,9 @@ pub(super) struct ProbeArgs {
     /// Of the bootstrap
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// How often SafeSwitch's recipe is fitted, with seeds from 0
-    #[arg(long, value_name = "NUMBER", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=100))]
-    seeds: u64,
+    /// How often SafeSwitch's recipe is fitted to the rows of --train, with seeds from 0 [default: 5]
+    #[arg(long, value_name = "NUMBER", requires = "train", value_parser = clap::value_parser!(u64).range(1..=100))]
+    seeds: Option<u64>,
     /// The sweep.json of `inwit probe sweep`, for the layer curve
     #[arg(long, value_name = "FILE")]
     sweep_json: Option<PathBuf>,
@@ -78,7 +78,7 @@ pub(super) struct PolicyArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     max_tokens: u32,
     /// Of the sampled answers, which stand beside greedy ones
-    #[arg(long, value_name = "TEMPERATURE", default_value_t = 0.7)]
+    #[arg(long, value_name = "TEMPERATURE", default_value_t = 0.7, value_parser = temperature)]
     temperature: f32,
     /// How often each row is sampled, with seeds from 0; 0 for greedy answers only
     #[arg(long, value_name = "NUMBER", default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=100))]
@@ -92,6 +92,15 @@ pub(super) struct PolicyArgs {
     outputs: Outputs,
     #[command(flatten)]
     model: ModelArgs,
+}
+
+/// Seeds where none are asked for.
+const SEEDS: u64 = 5;
+
+fn temperature(text: &str) -> std::result::Result<f32, String> {
+    let temperature = text.parse().ok();
+    let temperature = temperature.filter(|value| (0.01..=2.0).contains(value));
+    temperature.ok_or_else(|| "must be a number from 0.01 to 2".into())
 }
 
 #[derive(Debug, clap::Args)]
@@ -127,6 +136,18 @@ impl Outputs {
         // Mistakes in the data are told whether or not anything is written.
         for path in data {
             rows::read(path)?;
+        }
+        let outputs = [&self.json, &self.report, &self.log];
+        let outputs: Vec<&PathBuf> = outputs.into_iter().flatten().collect();
+        for (index, out) in outputs.iter().enumerate() {
+            data.iter()
+                .try_for_each(|data| refuse_same_file(out, data))?;
+            if outputs[..index].contains(out) {
+                let out = out.display();
+                return Err(Error::Config(format!(
+                    "{out} is to be written twice; name two files"
+                )));
+            }
         }
         let writable = |out: &Option<PathBuf>| {
             let out = out.as_deref();
@@ -166,7 +187,7 @@ async fn probe(args: ProbeArgs) -> Result<Exit> {
         data: args.data,
         train: args.train,
         seed: args.seed,
-        seeds: (0..args.seeds).collect(),
+        seeds: (0..args.seeds.unwrap_or(SEEDS)).collect(),
         sweep,
         command: command_line(),
         commit: args.outputs.commit,
@@ -261,6 +282,42 @@ fn shown_section(section: &Section) -> String {
 mod tests {
     use super::*;
     use crate::lab::eval::page::Table as PageTable;
+
+    #[test]
+    fn no_output_goes_into_the_data_or_into_another_output() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let [data, out] = ["a.jsonl", "out"].map(|name| folder.path().join(name));
+        std::fs::write(&data, "{\"text\": \"Hi\"}\n").expect("written");
+        let refusal = |json: Option<&PathBuf>, log: Option<&PathBuf>| {
+            let outputs = Outputs {
+                json: json.cloned(),
+                report: None,
+                log: log.cloned(),
+                commit: None,
+            };
+            outputs.open(&[&data]).err().map(|error| error.to_string())
+        };
+        assert_eq!(refusal(Some(&out), None), None);
+        for (json, log) in [(Some(&data), None), (None, Some(&data))] {
+            assert!(refusal(json, log).is_some_and(|told| told.contains("the data itself")));
+        }
+        assert!(refusal(Some(&out), Some(&out)).is_some_and(|told| told.contains("twice")));
+        assert_eq!(
+            std::fs::read_to_string(&data).expect("read"),
+            "{\"text\": \"Hi\"}\n"
+        );
+    }
+
+    #[test]
+    fn a_temperature_that_cannot_sample_is_refused_with_the_range() {
+        assert_eq!(temperature("0.7"), Ok(0.7));
+        for text in ["0", "9", "nan", "x"] {
+            assert!(
+                temperature(text).is_err_and(|error| error.contains("0.01")),
+                "{text}"
+            );
+        }
+    }
 
     #[test]
     fn a_terminal_shows_tables_remarks_and_claims() {

@@ -12,7 +12,7 @@ use super::terminal::{note, print};
 use crate::error::{Error, Result};
 use crate::lab::load::{
     Caller, Calls, Clock, End, Ended, Goodput, Latencies, LoadOptions, LoadReport, LoadSettings,
-    Planned, PlannedWork, Slo, codes, elapsed, run as run_plan, tokens_per_second,
+    MOST_CALLS, Planned, PlannedWork, Slo, codes, elapsed, run as run_plan, tokens_per_second,
 };
 use crate::lab::machine::{commit, machine};
 use crate::lab::output::WholeFile;
@@ -107,6 +107,7 @@ fn share(text: &str) -> std::result::Result<f64, String> {
 
 pub(super) async fn run(args: Args) -> Result<Exit> {
     // Before minutes of work, not after.
+    args.check()?;
     let json = args.json.as_deref().map(WholeFile::create).transpose()?;
     let svg = args.plot.as_deref().map(WholeFile::create).transpose()?;
     let connections = usize::from(args.connections);
@@ -154,6 +155,21 @@ fn verdict(report: &LoadReport) -> Result<Exit> {
 }
 
 impl Args {
+    fn check(&self) -> Result<()> {
+        let calls = self.rate * self.duration.as_secs_f64();
+        if calls > MOST_CALLS {
+            return Err(Error::Config(format!(
+                "--rate and --duration: together {calls:.0} calls; {MOST_CALLS} at most, so take less of one"
+            )));
+        }
+        if self.json.is_some() && self.json == self.plot {
+            return Err(Error::Config(
+                "--json and --plot: the same file; name two".into(),
+            ));
+        }
+        Ok(())
+    }
+
     fn options(&self) -> LoadOptions {
         LoadOptions {
             rate: self.rate,
@@ -184,6 +200,7 @@ impl Args {
                 answer_tokens: self.answer_tokens.clone(),
                 cancel: self.cancel,
                 score: self.score,
+                raw: self.raw,
                 mode: self.mode.map(|mode| mode.to_string()),
                 policy: self.policy.clone(),
             },
@@ -301,6 +318,28 @@ fn tables(report: &LoadReport) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn checked(flags: &[&str]) -> Result<()> {
+        let line = [&["load"], flags].concat();
+        Line::parse_from(line).args.check()
+    }
+
+    #[test]
+    fn a_plan_beyond_memory_and_one_file_for_two_outputs_are_refused() {
+        assert!(checked(&["--rate", "100", "--duration", "10000"]).is_ok());
+        let told = checked(&["--rate", "10000", "--duration", "86400"]);
+        assert!(told.is_err_and(|error| error.to_string().contains("--rate and --duration")));
+        assert!(checked(&["--json", "a", "--plot", "b"]).is_ok());
+        let told = checked(&["--json", "a", "--plot", "a"]);
+        assert!(told.is_err_and(|error| error.to_string().contains("--json and --plot")));
+    }
 
     #[test]
     fn numbers_out_of_range_are_refused_with_the_range() {

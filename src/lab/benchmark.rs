@@ -141,6 +141,8 @@ pub struct Prefix {
 pub struct LongPrompt {
     pub tokens: usize,
     pub streams: usize,
+    /// How many of them still wrote when its own first token came.
+    pub streams_to_the_end: usize,
     /// Median between two tokens of a stream before it arrives.
     pub before_p50_ms: f64,
     /// Between two tokens of a stream while it is in prefill.
@@ -294,7 +296,7 @@ impl Benchmark<'_> {
         let most = MOST_BESIDE.min(context.saturating_sub(self.sizes.context_tokens));
         let origin = Instant::now();
         let arrivals: Vec<Arrivals> = (0..streams).map(|_| Arrivals::default()).collect();
-        let mut readers = tokio::task::JoinSet::new();
+        let (mut readers, mut ended) = (tokio::task::JoinSet::new(), 0);
         for (stream, arrivals) in arrivals.iter().enumerate() {
             let prompt = self.tokens(stream, self.sizes.context_tokens)?;
             let events = self.submit(self.draft(prompt, most, stream, streams, Monitor::Off))?;
@@ -307,7 +309,7 @@ impl Benchmark<'_> {
             && !readers.is_empty()
         {
             if readers.try_join_next().is_some() {
-                // A stream that ends early says enough.
+                ended += 1;
                 break;
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -319,6 +321,9 @@ impl Benchmark<'_> {
             timeline.first().ok_or_else(missing)
         };
         let until = arrived + first(&among)?;
+        while readers.try_join_next().is_some() {
+            ended += 1;
+        }
         readers.abort_all();
         let (mut before, mut during) = (Vec::new(), Vec::new());
         for times in arrivals.iter().map(times) {
@@ -337,6 +342,7 @@ impl Benchmark<'_> {
         Ok(LongPrompt {
             tokens,
             streams,
+            streams_to_the_end: streams - ended,
             before_p50_ms,
             during_p99_ms,
             during_over_before: during_p99_ms / before_p50_ms,

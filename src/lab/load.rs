@@ -55,6 +55,19 @@ pub enum PlannedWork {
     Score,
 }
 
+impl Planned {
+    /// Whether somebody wants the whole answer.
+    fn asks(&self) -> bool {
+        let PlannedWork::Answer { hang_up_after, .. } = self.work else {
+            return false;
+        };
+        hang_up_after.is_none()
+    }
+}
+
+/// Calls of one run: each is planned before the first begins.
+pub const MOST_CALLS: f64 = 1e6;
+
 impl LoadOptions {
     /// Every call of the run, in the order of their starts; equal seeds give equal plans.
     pub fn plan(&self) -> Vec<Planned> {
@@ -98,6 +111,8 @@ pub struct Ended {
     pub deliveries: Vec<(Duration, u32)>,
     pub at: Duration,
     pub end: End,
+    /// Neither a score nor to be hung up on: somebody wanted the whole answer.
+    pub asked: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -160,6 +175,7 @@ pub async fn run(
                 deliveries,
                 at: clock.now(),
                 end,
+                asked: planned.asks(),
             }
         });
         while let Some(joined) = calls.try_join_next() {
@@ -256,6 +272,7 @@ pub struct LoadSettings {
     pub answer_tokens: Vec<u16>,
     pub cancel: f64,
     pub score: f64,
+    pub raw: bool,
     pub mode: Option<String>,
     pub policy: Option<String>,
 }
@@ -411,7 +428,7 @@ pub fn codes(ended: &[Ended]) -> BTreeMap<String, u64> {
 
 impl Goodput {
     pub fn of(ended: &[Ended], slo: Slo) -> Self {
-        let asked = ended.iter().filter(|call| call.is_asked()).count() as u64;
+        let asked = ended.iter().filter(|call| call.asked).count() as u64;
         let good = ended.iter().filter(|call| slo.holds(call)).count() as u64;
         Self {
             slo,
@@ -420,13 +437,6 @@ impl Goodput {
             share: good as f64 / asked.max(1) as f64,
             good_per_second: good as f64 / elapsed(ended).as_secs_f64().max(1e-3),
         }
-    }
-}
-
-impl Ended {
-    /// Neither scored nor hung up on: somebody wanted the whole answer.
-    fn is_asked(&self) -> bool {
-        matches!(self.end, End::Answered | End::Failed(_))
     }
 }
 
@@ -467,6 +477,7 @@ mod tests {
             deliveries: deliveries.iter().map(|time| (ms(*time), 1)).collect(),
             at: ms(at),
             end: End::Answered,
+            asked: true,
         }
     }
 
@@ -579,21 +590,22 @@ mod tests {
             first_token_ms: 100,
             per_token_ms: 20,
         };
-        let end = |end: End| Ended {
+        let end = |end: End, asked: bool| Ended {
             end,
+            asked,
             ..answered(0, &[50, 60], 60)
         };
         let calls = [
             answered(0, &[50, 60], 60),
             answered(0, &[150, 160], 160),
             answered(0, &[50, 90], 90),
-            end(End::HungUp),
-            end(End::Scored),
-            end(End::Failed("UNAVAILABLE".into())),
-            end(End::Failed("INTERNAL".into())),
+            end(End::HungUp, false),
+            end(End::Scored, false),
+            end(End::Failed("UNAVAILABLE".into()), true),
+            end(End::Failed("INTERNAL".into()), false),
         ];
         let goodput = Goodput::of(&calls, slo);
-        assert_eq!((goodput.good, goodput.asked), (1, 5));
+        assert_eq!((goodput.good, goodput.asked), (1, 4));
         let counted = Calls::of(&calls);
         assert_eq!(
             (counted.answered, counted.rejected, counted.failed),

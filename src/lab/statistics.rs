@@ -8,7 +8,7 @@ use super::seeded::Seeded;
 /// Resamples of a bootstrap: enough for the second digit of a 95 % interval.
 pub const RESAMPLES: usize = 2000;
 
-/// The same step four times, in the order base, variant, variant, base, in microseconds.
+/// The same step four times, in microseconds: one kind outside, the other inside.
 ///
 /// A drift that is linear over the four steps cancels out of the difference.
 #[derive(Clone, Copy, Debug, PartialEq)]

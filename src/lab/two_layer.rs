@@ -78,7 +78,7 @@ pub fn fit(data: &FitData, site: Site, params: &Params) -> Result<Fitted> {
         },
     )?;
     let mut order: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
-    let mut losses = Vec::with_capacity(params.epochs);
+    let mut losses = Vec::new();
     for _ in 0..params.epochs {
         random.shuffle(&mut order);
         let mut total = 0.0;

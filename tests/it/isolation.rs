@@ -156,11 +156,17 @@ fn so_do_they_with_half_precision_weights_and_cache() {
 
 #[test]
 fn so_do_they_with_weights_of_few_bits() {
-    for weights in [WeightFormat::AsIs, WeightFormat::Q8_0] {
+    for (weights, kv) in [
+        (WeightFormat::AsIs, KvType::F32),
+        // What is chosen for the default model.
+        (WeightFormat::AsIs, KvType::Bf16),
+        (WeightFormat::Q8_0, KvType::F32),
+    ] {
         let model = "llama/model-mixed.gguf";
         check_in_company(
             Setup {
                 weights,
+                kv,
                 model,
                 ..LLAMA
             },

@@ -28,7 +28,7 @@ pub fn page(report: &ProbeReport) -> Page {
     Page {
         title: format!("Probe {}", probe.name),
         lead: format!(
-            "A {} probe of {} at {}, gathered by {}, on {}, model {}.",
+            "A probe ({}) of {} at {}, gathered by {}, on {}, model {}.",
             probe.kind,
             probe.positions,
             probe.sites.join(", "),
