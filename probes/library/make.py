@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
 OUT = HERE / "smollm2-135m-instruct"
-# A little past the middle of thirty layers: the plateau of the layer sweep is 14 to 19.
+# Between the two sites of the layer sweep that are highest (reports.py).
 SITE = "blocks.17.hook_resid_post"
 PAIR = ["blocks.14.hook_resid_post", "blocks.18.hook_resid_post"]
 PROMPTS = (

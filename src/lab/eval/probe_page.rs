@@ -357,7 +357,7 @@ fn layer_section(sweep: &Sweep) -> Section {
         description: &description,
     };
     let mut table = Table::new(
-        "The sweep over sites from which the site was chosen, 95 % bootstrap intervals over groups.",
+        "A probe at each site of a sweep, 95 % bootstrap intervals over groups.",
         &["site", "AUROC, held out", "AUROC, development sets"],
     );
     for swept in &sweep.sites {
