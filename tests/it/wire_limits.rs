@@ -346,7 +346,8 @@ fn long_prompt(max_tokens: u32) -> GenerationInput {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_caller_that_leaves_frees_its_request_wherever_it_is() {
     let mut setup = Setup::default();
-    setup.options.step_token_budget = 8;
+    // A prompt of 400 tokens takes 400 passes, so that none is over before the engine is stopped.
+    setup.options.step_token_budget = 1;
     setup.options.max_running = 2;
     let server = Server::start(setup, |_| {}).await;
     let mut client = server.generation().await;
@@ -361,8 +362,8 @@ async fn a_caller_that_leaves_frees_its_request_wherever_it_is() {
     drop(plug);
     check_cancelled(&server, "queued").await;
 
-    // In the prefill: some of 50 passes over the prompt are done when the engine stops.
-    let input = named("prefill", long_prompt(50));
+    // In the prefill: some of the passes over the prompt are done when the engine stops.
+    let input = named("prefill", long_prompt(100));
     let mut in_prefill = open_stream(&mut client, input).await.unwrap();
     let plug = server.plug(3).await;
     let first = in_prefill.message().await.unwrap().unwrap();
