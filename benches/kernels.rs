@@ -21,31 +21,25 @@ fn numbers(count: usize) -> Vec<f32> {
 
 fn products(c: &mut Criterion) {
     let mut group = c.benchmark_group("product");
-    for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Q8_0] {
-        for (outputs, inputs) in SHAPES {
-            let weight = numbers(outputs * inputs);
-            let weight = PackedMatrix::pack(&weight, outputs, inputs, format);
+    for (outputs, inputs) in SHAPES {
+        let weight = numbers(outputs * inputs);
+        let packed = |format| PackedMatrix::pack(&weight, outputs, inputs, format);
+        let blocks = q4_1(outputs * inputs);
+        for weight in [
+            packed(WeightFormat::F32),
+            packed(WeightFormat::Bf16),
+            packed(WeightFormat::Q8_0),
+            PackedMatrix::pack_blocks(&blocks, outputs, inputs, QuantKind::Q4_1),
+        ] {
             for rows in ROWS {
                 let x = numbers(rows * inputs);
                 // Multiply-adds.
                 group.throughput(Throughput::Elements((rows * outputs * inputs) as u64));
-                let name = format!("{format}/{outputs}x{inputs}");
+                let name = format!("{}/{outputs}x{inputs}", weight.held_as());
                 group.bench_function(BenchmarkId::new(name, rows), |b| {
                     b.iter(|| weight.product(black_box(&x)));
                 });
             }
-        }
-    }
-    for (outputs, inputs) in SHAPES {
-        let weight =
-            PackedMatrix::pack_blocks(&q4_1(outputs * inputs), outputs, inputs, QuantKind::Q4_1);
-        for rows in ROWS {
-            let x = numbers(rows * inputs);
-            group.throughput(Throughput::Elements((rows * outputs * inputs) as u64));
-            let name = format!("q4_1/{outputs}x{inputs}");
-            group.bench_function(BenchmarkId::new(name, rows), |b| {
-                b.iter(|| weight.product(black_box(&x)));
-            });
         }
     }
     group.finish();

@@ -31,6 +31,8 @@ PROMPTS = (
 # Frames around prompts, and how many times as many rows each file gets.
 FRAMES = {"wrappers": 1, "wrappers_more": 1, "wrappers_long": 1, "wrappers_third": 2}
 ANSWERED = "contrast contrast_third harmful_general harmful_more benign_general benign_edgy".split()
+# How prompt_harm is fitted.
+FIT = "--held-out 0.1 --attention-heads 16 --epochs 16 --weight-decay 3 --token-dropout 0.5".split()
 LABELS = ("harmful", "benign")
 STEER_SITE = "blocks.14.hook_resid_post"
 JUDGED_SITE = "blocks.18.hook_resid_post"
@@ -67,8 +69,7 @@ def main():
     inwit("probe", "fit", "--data", work / "prompt_fit.jsonl", "--canary-data", work / "canaries.jsonl",
           "--calibration-data", work / "prompt_thresholds.jsonl",
           "--states", work / "prompt_fit.states", work / "prompt_thresholds.states",
-          *sites, "--positions", "prompt_content", "--kind", "attention", "--held-out", 0.1,
-          "--attention-heads", 16, "--epochs", 16, "--weight-decay", 3, "--token-dropout", 0.5,
+          *sites, "--positions", "prompt_content", "--kind", "attention", *FIT,
           "--name", "prompt_harm", "--out", OUT / "probes/prompt_harm.safetensors")
 
     judges(work, inwit, own)

@@ -14,11 +14,14 @@ import argparse
 import json
 import random
 import subprocess
+import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+# Nothing but the library belongs into this folder.
+sys.dont_write_bytecode = True
+from make import DATA, FIT, HERE, PAIR, read, write  # noqa: E402
+
 ROOT = HERE.parent.parent
-DATA = HERE.parent / "data"
 REPORTS = ROOT / "docs/reports"
 DEV = "dev_contrast dev_tense dev_edgy dev_alarming dev_wrapped dev_wrapped_more dev_wrapped_third".split()
 CURVE_DEV = "dev_contrast dev_edgy dev_alarming dev_wrapped_third".split()
@@ -27,12 +30,9 @@ TESTS = (
     "test_benign_traffic test_benign_questions"
 ).split()
 POLICY_TESTS = ["test_harmbench_vs_edgy", "test_xstest"]
-PAIR = ["--site", "blocks.14.hook_resid_post", "--site", "blocks.18.hook_resid_post"]
 # Every fourth layer's end, and rows enough to rank them: all of both would be many times the states.
 SWEPT = ",".join(f"blocks.{layer}.hook_resid_post" for layer in range(2, 30, 4))
 SWEPT_ROWS = 4_000
-# As make.py fits prompt_harm.
-FIT = "--held-out 0.1 --attention-heads 16 --epochs 16 --weight-decay 3 --token-dropout 0.5".split()
 PARTS = ("sweep", "curve", "prompt_harm", "answers", "effects", "policy")
 
 
@@ -68,7 +68,8 @@ def main():
               "--positions", "prompt_content", "--kind", "attention", "--out", out / "sweep")
 
     def curve():
-        inwit("probe", "curve", "--data", work / "prompt_fit.jsonl", "--states", work / "prompt_fit.states", *PAIR,
+        inwit("probe", "curve", "--data", work / "prompt_fit.jsonl", "--states", work / "prompt_fit.states",
+              *(word for site in PAIR for word in ("--site", site)),
               "--dev", *(DATA / f"{name}.jsonl" for name in CURVE_DEV),
               "--positions", "prompt_content", "--kind", "attention", *FIT, "--out", out / "curve")
         (REPORTS / "curve.svg").write_bytes((out / "curve/curve.svg").read_bytes())
@@ -110,17 +111,6 @@ def main():
     parts = dict(zip(PARTS, (sweep, curve, prompt_harm, answers, effects, policy)))
     for part in arguments.parts:
         parts[part]()
-
-
-def read(path):
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
-
-
-def write(path, rows):
-    with open(path, "w", encoding="utf-8") as out:
-        for row in rows:
-            out.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

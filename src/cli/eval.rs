@@ -15,7 +15,7 @@ use super::paths;
 use super::probe::command_line;
 use super::progress::Progress;
 use super::terminal::{note, print};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::lab::eval::ledger::Ledger;
 use crate::lab::eval::page::{Page, Section};
 use crate::lab::eval::probe::{Options, evaluate, find};
@@ -137,17 +137,14 @@ impl Outputs {
         for path in data {
             rows::read(path)?;
         }
-        let outputs = [&self.json, &self.report, &self.log];
-        let outputs: Vec<&PathBuf> = outputs.into_iter().flatten().collect();
-        for (index, out) in outputs.iter().enumerate() {
+        paths::each_once(&[
+            ("--json", self.json.as_deref()),
+            ("--report", self.report.as_deref()),
+            ("--log", self.log.as_deref()),
+        ])?;
+        if let Some(log) = &self.log {
             data.iter()
-                .try_for_each(|data| refuse_same_file(out, data))?;
-            if outputs[..index].contains(out) {
-                let out = out.display();
-                return Err(Error::Config(format!(
-                    "{out} is to be written twice; name two files"
-                )));
-            }
+                .try_for_each(|data| refuse_same_file(log, data))?;
         }
         let writable = |out: &Option<PathBuf>| {
             let out = out.as_deref();
@@ -301,7 +298,9 @@ mod tests {
         for (json, log) in [(Some(&data), None), (None, Some(&data))] {
             assert!(refusal(json, log).is_some_and(|told| told.contains("the data itself")));
         }
-        assert!(refusal(Some(&out), Some(&out)).is_some_and(|told| told.contains("twice")));
+        assert!(
+            refusal(Some(&out), Some(&out)).is_some_and(|told| told.contains("--json and --log"))
+        );
         assert_eq!(
             std::fs::read_to_string(&data).expect("read"),
             "{\"text\": \"Hi\"}\n"

@@ -7,6 +7,7 @@ use std::time::Duration;
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::Exit;
+use super::paths;
 use super::progress::Progress;
 use super::terminal::{note, print};
 use crate::error::{Error, Result};
@@ -162,12 +163,10 @@ impl Args {
                 "--rate and --duration: together {calls:.0} calls; {MOST_CALLS} at most, so take less of one"
             )));
         }
-        if self.json.is_some() && self.json == self.plot {
-            return Err(Error::Config(
-                "--json and --plot: the same file; name two".into(),
-            ));
-        }
-        Ok(())
+        paths::each_once(&[
+            ("--json", self.json.as_deref()),
+            ("--plot", self.plot.as_deref()),
+        ])
     }
 
     fn options(&self) -> LoadOptions {

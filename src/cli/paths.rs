@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lab::output::{WholeFile, refuse_same_file};
 use crate::lab::rows;
 
@@ -19,6 +19,19 @@ pub(super) fn open(out: &Path, data: &[&Path]) -> Result<WholeFile> {
         }
     }
     WholeFile::create(out)
+}
+
+/// Refuses two outputs, each with its flag, that are one file.
+pub(super) fn each_once(outputs: &[(&str, Option<&Path>)]) -> Result<()> {
+    for (index, (flag, out)) in outputs.iter().enumerate() {
+        let same = |(_, other): &&(&str, Option<&Path>)| out.is_some() && other == out;
+        if let Some((other, _)) = outputs[..index].iter().find(same) {
+            return Err(Error::Config(format!(
+                "{other} and {flag}: the same file; name two"
+            )));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

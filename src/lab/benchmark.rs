@@ -296,7 +296,7 @@ impl Benchmark<'_> {
         let most = MOST_BESIDE.min(context.saturating_sub(self.sizes.context_tokens));
         let origin = Instant::now();
         let arrivals: Vec<Arrivals> = (0..streams).map(|_| Arrivals::default()).collect();
-        let (mut readers, mut ended) = (tokio::task::JoinSet::new(), 0);
+        let mut readers = tokio::task::JoinSet::new();
         for (stream, arrivals) in arrivals.iter().enumerate() {
             let prompt = self.tokens(stream, self.sizes.context_tokens)?;
             let events = self.submit(self.draft(prompt, most, stream, streams, Monitor::Off))?;
@@ -309,7 +309,7 @@ impl Benchmark<'_> {
             && !readers.is_empty()
         {
             if readers.try_join_next().is_some() {
-                ended += 1;
+                // A stream that ends early says enough.
                 break;
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -321,9 +321,8 @@ impl Benchmark<'_> {
             timeline.first().ok_or_else(missing)
         };
         let until = arrived + first(&among)?;
-        while readers.try_join_next().is_some() {
-            ended += 1;
-        }
+        while readers.try_join_next().is_some() {}
+        let streams_to_the_end = readers.len();
         readers.abort_all();
         let (mut before, mut during) = (Vec::new(), Vec::new());
         for times in arrivals.iter().map(times) {
@@ -342,7 +341,7 @@ impl Benchmark<'_> {
         Ok(LongPrompt {
             tokens,
             streams,
-            streams_to_the_end: streams - ended,
+            streams_to_the_end,
             before_p50_ms,
             during_p99_ms,
             during_over_before: during_p99_ms / before_p50_ms,

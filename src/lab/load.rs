@@ -58,10 +58,13 @@ pub enum PlannedWork {
 impl Planned {
     /// Whether somebody wants the whole answer.
     fn asks(&self) -> bool {
-        let PlannedWork::Answer { hang_up_after, .. } = self.work else {
-            return false;
-        };
-        hang_up_after.is_none()
+        matches!(
+            self.work,
+            PlannedWork::Answer {
+                hang_up_after: None,
+                ..
+            }
+        )
     }
 }
 

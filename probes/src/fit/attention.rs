@@ -120,7 +120,7 @@ pub fn fit_attention(
     let steps = params.epochs * rows.len().div_ceil(params.batch);
     let mut adam = AdamW::new(&pooling, params, steps);
     let mut batch = Batch::new(&mean, &scale);
-    let mut losses = Vec::with_capacity(params.epochs);
+    let mut losses = Vec::new();
     for _ in 0..params.epochs {
         rows.shuffle(&mut rng);
         let mut loss = 0.0;
