@@ -1,12 +1,13 @@
 //! Whole requests through the engine on the tiny golden model, where the arithmetic is next to
-//! nothing: what is left is scheduling, sequences, release and events.
+//! nothing: what is left is scheduling, sequences, release and events. And the scheduler alone.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use inwit::engine::{
-    Defaults, Draft, Engine, EngineOptions, Events, Model, MonitorDraft, PromptDraft, prepare,
+    Defaults, Draft, Engine, EngineOptions, Events, Model, MonitorDraft, Pace, Pending,
+    PromptDraft, prepare,
 };
 use inwit::journal::Discard;
 use inwit::lab::monitoring::{Monitoring, POLICY};
@@ -70,5 +71,36 @@ fn requests(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, requests);
+/// Choosing the rows of one step, and learning from how long it took; a quarter are prompts.
+fn scheduler(c: &mut Criterion) {
+    let mut group = c.benchmark_group("scheduler");
+    for sequences in [1, 16, 256] {
+        let pending: Vec<Pending> = (0..sequences)
+            .map(|sequence| match sequence % 4 {
+                3 => Pending {
+                    tokens: 400,
+                    computed: 64,
+                    prefill: true,
+                },
+                _ => Pending {
+                    tokens: 1,
+                    computed: 100,
+                    prefill: false,
+                },
+            })
+            .collect();
+        let mut pace = Pace::new(512, 60, 1000.0);
+        group.throughput(Throughput::Elements(sequences));
+        group.bench_function(BenchmarkId::new("step", sequences), |b| {
+            b.iter(|| {
+                let rows = pace.next_step(&pending);
+                let work: usize = rows.iter().sum();
+                pace.learn(&pending, &rows, 1e-3 + 1e-4 * work as f64);
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, requests, scheduler);
 criterion_main!(benches);

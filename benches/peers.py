@@ -40,7 +40,10 @@ SETTINGS = [
 NO_AMX = "-DGGML_NATIVE=OFF" + "".join(
     f" -DGGML_{name}=ON" for name in ("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16", "AVX_VNNI")
 )
+ENGINES = ("inwit", "llama", "mistral")
 PACKAGES = ["llama-cpp-python", "numpy"]
+# What an engine that cannot be had or run ends in: the others are measured without it.
+FAILURES = (subprocess.CalledProcessError, RuntimeError, OSError)
 
 
 def main():
@@ -55,7 +58,7 @@ def main():
             print(f"round {turn + 1}: {name}", file=sys.stderr)
             try:
                 results[name].append(run())
-            except (subprocess.CalledProcessError, RuntimeError) as error:
+            except FAILURES as error:
                 print(f"{name}: left out: {error}", file=sys.stderr)
     results = {name: rounds for name, rounds in results.items() if rounds}
     if options.json:
@@ -69,7 +72,7 @@ def arguments():
     parser.add_argument("--model", type=Path, required=True, help="a GGUF file")
     parser.add_argument("--inwit", type=Path, help="the program; without it only the peers run")
     parser.add_argument("--inwit-flags", default="", help="further flags of `inwit bench`, in one string")
-    parser.add_argument("--engines", default="inwit,llama,mistral", help="which of them to run")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="which of them to run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -84,6 +87,9 @@ def arguments():
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    unknown = [name for name in options.engines.split(",") if name not in ENGINES]
+    if unknown:
+        parser.error(f"--engines {unknown[0]}: known are {', '.join(ENGINES)}")
     if options.quick:
         global STREAMS, ANSWER, SETTINGS, MEMORY_TOKENS
         STREAMS, ANSWER, SETTINGS, MEMORY_TOKENS = [1, 4], 16, SETTINGS[:2], 100
@@ -96,16 +102,30 @@ def engines_of(options):
     engines = {}
     if options.inwit and "inwit" in wanted:
         engines["Inwit"] = lambda: inwit(options)
-    if "llama" in wanted:
-        python = environment(options)
-        q8_0 = requantised(options, python)
-        engines["llama.cpp, as it comes"] = lambda: in_child(options, python, options.model)
-        engines["llama.cpp, Q8_0"] = lambda: in_child(options, python, q8_0)
-    if "mistral" in wanted:
-        program, q8_0 = mistral_program(options), requantised(options, environment(options))
-        engines["mistral.rs, as it comes"] = lambda: mistral(options, program, options.model)
-        engines["mistral.rs, Q8_0"] = lambda: mistral(options, program, q8_0)
+    for name, build in (("llama", llama_engines), ("mistral", mistral_engines)):
+        if name in wanted:
+            try:
+                engines |= build(options)
+            except FAILURES as error:
+                print(f"{name}: left out, it could not be built: {error}", file=sys.stderr)
     return engines
+
+
+def llama_engines(options):
+    python = environment(options)
+    q8_0 = requantised(options, python)
+    return {
+        "llama.cpp, as it comes": lambda: in_child(options, python, options.model),
+        "llama.cpp, Q8_0": lambda: in_child(options, python, q8_0),
+    }
+
+
+def mistral_engines(options):
+    program, q8_0 = mistral_program(options), requantised(options, environment(options))
+    return {
+        "mistral.rs, as it comes": lambda: mistral(options, program, options.model),
+        "mistral.rs, Q8_0": lambda: mistral(options, program, q8_0),
+    }
 
 
 # --- the engines, from outside ---
@@ -190,15 +210,15 @@ def the_prose():
 def inwit(options):
     file = options.work / "inwit.json"
 
-    def run(parts):
+    def run(parts, *flags):
         command = [options.inwit, "bench", "--model", options.model, "--threads", str(options.threads)]
-        command += ["--streams", ",".join(map(str, STREAMS)), "--parts", parts, "--json", file]
-        command += options.inwit_flags.split() + (["--quick"] if options.quick else ["--rounds", "1"])
+        command += ["--parts", parts, "--json", file, *options.inwit_flags.split(), *flags]
+        command += ["--quick"] if options.quick else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return json.loads(file.read_text())
 
     memory = run("memory")["memory"]
-    report = run("throughput")
+    report = run("throughput", "--streams", ",".join(map(str, STREAMS)), "--rounds", "1")
     rows = {(row["name"], row["streams"]): row["tokens_per_second"] for row in report["rows"] if row["monitor"] == "off"}
     settings = report["settings"]
     result = {"prefill": rows["prefill", 1], "decode": {str(n): rows["decode", n] for n in STREAMS}}
@@ -339,10 +359,10 @@ def report(options, engines):
     lines = [
         f"Tokens per second on `{options.model.name}`, {options.threads} threads, {machine()}, commit {commit()}.",
         f"Prefill reads {PROMPT} tokens; each stream of a decode has {CONTEXT} and writes {ANSWER}.",
-        f"Medians of {options.rounds} rounds in turn, of each engine's best setting.",
+        f"Medians of {options.rounds} round{'s' * (options.rounds > 1)} in turn, of each engine's best setting.",
         f"Memory is the peak (VmHWM) with {MEMORY_STREAMS} streams of {MEMORY_TOKENS} tokens.",
         "",
-        "| engine | prefill | " + " | ".join(f"{n} streams" for n in STREAMS) + " | memory MiB |",
+        "| engine | prefill | " + " | ".join(f"{n} stream{'s' * (n > 1)}" for n in STREAMS) + " | memory MiB |",
         "|---|" + "---|" * (len(columns) + 1),
     ]
     for name, engine in engines.items():

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Makes the library that ships for SmolLM2-135M-Instruct: five probes, a refusal head, a vector.
 
-    python3 probes/library/make.py --inwit target/release/inwit --data-dir FOLDER --work FOLDER
+    python3 probes/library/make.py --inwit target/release/inwit --work FOLDER --data-dir FOLDER
 
-FOLDER of --data-dir holds train.jsonl and calibration_benign.jsonl: benchmark prompts, which stay out
-of this repository (see ../data/README.md). What is made lands in smollm2-135m-instruct/ beside this
-file; what was made on the way (prompts, states, answers, labels) stays in --work, and a run that was
-interrupted goes on with it. All of it takes about an hour on two cores.
+FOLDER of --data-dir holds benchmark prompts, which stay out of this repository: train.jsonl, which
+../data/fetch puts there if it is missing, and calibration_benign.jsonl, which no package carries.
+Without the second the thresholds of prompt_harm come from our own prompts alone, and its file differs.
+What is made lands in smollm2-135m-instruct/ beside this file; what was made on the way (prompts,
+states, answers, labels) stays in --work, and a run that was interrupted goes on with it. All of it
+takes about an hour on two cores.
 Every choice here was made on training rows and on ../data/dev_*; no test file is read.
 """
 
@@ -15,6 +17,7 @@ import hashlib
 import json
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -37,11 +40,12 @@ LABELS = ("harmful", "benign")
 STEER_SITE = "blocks.14.hook_resid_post"
 JUDGED_SITE = "blocks.18.hook_resid_post"
 
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--inwit", required=True, help="the program")
-    arguments.add_argument("--data-dir", required=True, type=Path)
-    arguments.add_argument("--work", required=True, type=Path)
+    arguments.add_argument("--work", required=True, type=Path, help="where to keep what is made on the way")
+    arguments.add_argument("--data-dir", required=True, type=Path, help="benchmark prompts, outside the repository")
     arguments = arguments.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
@@ -54,12 +58,19 @@ def main():
         command = [arguments.inwit, *map(str, words), "--max-running", "32", "--library", library]
         subprocess.run(command, check=True)
 
+    if not (arguments.data_dir / "train.jsonl").exists():
+        fetch = [sys.executable, DATA / "fetch", "--out", arguments.data_dir, "--only", "train"]
+        subprocess.run(fetch, check=True)
     own = [row for name in PROMPTS for row in read(DATA / f"{name}.jsonl")]
     canaries = random.Random(2).sample([row for row in own if len(row["text"]) < 200], 300)
     write(work / "canaries.jsonl", canaries)
     write(work / "prompt_fit.jsonl", prompt_rows(own, read(arguments.data_dir / "train.jsonl")))
-    thresholds = read(arguments.data_dir / "calibration_benign.jsonl")
-    thresholds += read(DATA / "calibration_own.jsonl") + read(DATA / "calibration_second.jsonl")
+    thresholds = read(DATA / "calibration_own.jsonl") + read(DATA / "calibration_second.jsonl")
+    if (arguments.data_dir / "calibration_benign.jsonl").exists():
+        thresholds = read(arguments.data_dir / "calibration_benign.jsonl") + thresholds
+    else:
+        print(f"no calibration_benign.jsonl in {arguments.data_dir} (GSM8K and TriviaQA, from their authors): the "
+              "thresholds of prompt_harm come from our own prompts alone", file=sys.stderr)
     write(work / "prompt_thresholds.jsonl", thresholds)
     sites = [word for site in PAIR for word in ("--site", site)]
     # The last site and position are what `eval probe --train` reads for SafeSwitch's recipe.

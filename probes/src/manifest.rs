@@ -92,13 +92,26 @@ pub enum Positions {
     PromptContent,
     /// The pass that consumes generated token `k`, counted from 1.
     Generated(u32),
+    /// Generated tokens 1 to `k` together, known once `k` is: the first words of an answer.
+    FirstGenerated(u32),
     EveryGenerated,
 }
 
 impl Positions {
     /// Whether the probe scores many tokens of a request, so that gathering matters.
     pub fn per_token(&self) -> bool {
-        matches!(self, Self::PromptContent | Self::EveryGenerated)
+        match self {
+            Self::PromptContent | Self::FirstGenerated(_) | Self::EveryGenerated => true,
+            Self::LastPromptToken | Self::Generated(_) => false,
+        }
+    }
+
+    /// Whether these are tokens of an answer.
+    pub fn of_answer(&self) -> bool {
+        match self {
+            Self::LastPromptToken | Self::PromptContent => false,
+            Self::Generated(_) | Self::FirstGenerated(_) | Self::EveryGenerated => true,
+        }
     }
 }
 
@@ -108,6 +121,7 @@ impl fmt::Display for Positions {
             Self::LastPromptToken => f.write_str("last_prompt_token"),
             Self::PromptContent => f.write_str("prompt_content"),
             Self::Generated(k) => write!(f, "generated{{{k}}}"),
+            Self::FirstGenerated(k) => write!(f, "generated{{1..{k}}}"),
             Self::EveryGenerated => f.write_str("every_generated"),
         }
     }
@@ -118,8 +132,17 @@ impl FromStr for Positions {
 
     fn from_str(text: &str) -> Result<Self> {
         let generated = |text: &str| {
-            let k = text.strip_prefix("generated{")?.strip_suffix('}')?;
-            k.parse().ok().filter(|k| *k >= 1).map(Self::Generated)
+            let inner = text.strip_prefix("generated{")?.strip_suffix('}')?;
+            let (first, k) = match inner.strip_prefix("1..") {
+                Some(k) => (true, k),
+                None => (false, inner),
+            };
+            let k = k.parse().ok().filter(|k| *k >= 1)?;
+            Some(if first {
+                Self::FirstGenerated(k)
+            } else {
+                Self::Generated(k)
+            })
         };
         match text {
             "last_prompt_token" => Ok(Self::LastPromptToken),
@@ -130,7 +153,7 @@ impl FromStr for Positions {
                     "positions",
                     format!(
                         "unknown positions {:?}; expected last_prompt_token, prompt_content, \
-                         generated{{3}} (counted from 1) or every_generated",
+                         generated{{3}} (counted from 1), generated{{1..3}} or every_generated",
                         text.chars().take(80).collect::<String>()
                     ),
                 )
@@ -672,6 +695,7 @@ mod tests {
             Positions::LastPromptToken,
             Positions::PromptContent,
             Positions::Generated(3),
+            Positions::FirstGenerated(3),
             Positions::EveryGenerated,
         ] {
             assert_eq!(positions.to_string().parse::<Positions>(), Ok(positions));
@@ -680,6 +704,9 @@ mod tests {
             "generated{0}",
             "generated{-1}",
             "generated{}",
+            "generated{1..}",
+            "generated{1..0}",
+            "generated{2..3}",
             "generated",
             "all",
             "",

@@ -28,10 +28,10 @@ use crate::registry::ModelIds;
 /// rows are {"name","streams","monitor","tokens_per_second","p50_ms","p99_ms"}.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Streams that decode at once
-    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', default_value = "1,4,8,16,32",
+    /// Streams that decode at once [default: 1,4,8,16,32]
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',',
           value_parser = clap::value_parser!(u16).range(1..=1024))]
-    streams: Vec<u16>,
+    streams: Option<Vec<u16>>,
     /// What to measure
     #[arg(
         long,
@@ -90,10 +90,12 @@ enum Part {
 const BESIDE: usize = 64;
 /// Most tokens of a prompt that is asked in process and over gRPC.
 const GRPC_PROMPT: usize = 384;
+const STREAMS: [u16; 5] = [1, 4, 8, 16, 32];
 const QUICK_PAIRS: u32 = 8;
 const PAIRS: u32 = 2000;
 
 pub(super) async fn run(args: Args) -> Result<Exit> {
+    args.check()?;
     // Before minutes of work, not after.
     let file = args.json.as_deref().map(WholeFile::create).transpose()?;
     let report = measure(&args).await?;
@@ -123,8 +125,74 @@ impl Args {
         sizes
     }
 
+    fn streams(&self) -> Vec<usize> {
+        let asked = self.streams.as_deref().unwrap_or(&STREAMS);
+        asked.iter().map(|streams| usize::from(*streams)).collect()
+    }
+
     fn most_streams(&self) -> usize {
-        self.streams.iter().copied().max().map_or(1, usize::from)
+        self.streams().into_iter().max().unwrap_or(1)
+    }
+
+    /// Refuses what none of the parts asked for reads.
+    fn check(&self) -> Result<()> {
+        use Part::{Added, Grpc, LongPrompt, Prefix, Throughput};
+        let read_by: [(&str, bool, &[Part]); 6] = [
+            (
+                "--streams",
+                self.streams.is_some(),
+                &[Throughput, Grpc, Added],
+            ),
+            ("--pairs", self.pairs.is_some(), &[Added]),
+            (
+                "--rounds",
+                self.rounds.is_some(),
+                &[Throughput, Prefix, Grpc],
+            ),
+            (
+                "--prompt-tokens",
+                self.prompt_tokens.is_some(),
+                &[Throughput],
+            ),
+            (
+                "--context-tokens",
+                self.context_tokens.is_some(),
+                &[Throughput, LongPrompt, Added],
+            ),
+            (
+                "--answer-tokens",
+                self.answer_tokens.is_some(),
+                &[Throughput, LongPrompt, Grpc, Added],
+            ),
+        ];
+        for (flag, given, parts) in read_by {
+            if given && !parts.iter().any(|part| self.wants(*part)) {
+                let names = parts.iter().filter_map(Part::to_possible_value);
+                let names: Vec<_> = names.map(|name| name.get_name().to_owned()).collect();
+                return Err(Error::Config(format!(
+                    "{flag}: none of the parts asked for reads it; leave it away, or add one of {} \
+                     to --parts",
+                    names.join(", ")
+                )));
+            }
+        }
+        self.model.refuse(&[
+            (
+                "--library",
+                "a benchmark makes its own probes and vectors; leave it away",
+            ),
+            (
+                "--max-running",
+                "each part runs as many rows as it has streams; leave it away",
+            ),
+        ])?;
+        if self.parts == [Added] {
+            const UNREAD: &str =
+                "the part added keeps just the tokens that it steps over; leave it away";
+            self.model
+                .refuse(&[("--kv-memory", UNREAD), ("--context-limit", UNREAD)])?;
+        }
+        Ok(())
     }
 
     fn wants(&self, part: Part) -> bool {
@@ -195,7 +263,7 @@ async fn measure(args: &Args) -> Result<Report> {
     if args.wants(Part::Added) {
         let config = base.clone();
         let options = Added {
-            streams: args.streams.iter().map(|n| usize::from(*n)).collect(),
+            streams: args.streams(),
             pairs: args
                 .pairs
                 .unwrap_or(if args.quick { QUICK_PAIRS } else { PAIRS })
@@ -220,8 +288,8 @@ async fn throughput(args: &Args, base: &Config, sizes: Sizes, report: &mut Repor
     let measured = bench.on(sizes);
     for monitor in Monitor::ALL {
         report.rows.push(measured.prefill(monitor).await?);
-        for streams in &args.streams {
-            let rows = measured.decode(usize::from(*streams), monitor).await?;
+        for streams in args.streams() {
+            let rows = measured.decode(streams, monitor).await?;
             // A rate of nothing is no rate of zero.
             let together = rows.iter().all(|row| row.tokens_per_second > 0.0);
             report.rows.extend(rows);

@@ -21,6 +21,7 @@ use crate::lab::eval::page::{Page, Section};
 use crate::lab::eval::probe::{Options, evaluate, find};
 use crate::lab::eval::trial::Setting;
 use crate::lab::eval::{html, layers, policy, policy_page, probe_page};
+use crate::lab::fit::identity;
 use crate::lab::output::{WholeFile, refuse_same_file};
 use crate::lab::rows;
 
@@ -177,6 +178,9 @@ async fn probe(args: ProbeArgs) -> Result<Exit> {
     let opened = args.outputs.open(&data)?;
     let sweep = args.sweep_json.as_deref().map(layers::read).transpose()?;
     let mut bench = args.model.bench(Some("off"), Some("off")).await?;
+    if let (Some(sweep), Some(path)) = (&sweep, &args.sweep_json) {
+        sweep.check_model(path, &identity(&bench))?;
+    }
     bench.use_states(&args.states, &data)?;
     let subject = find(&bench, &args.probe)?;
     let options = Options {

@@ -61,7 +61,7 @@ pub(super) struct HeadArgs {
     #[arg(long, default_value_t = 0.005)]
     learning_rate: f32,
     /// What a harmless token weighs against one of a refusal
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, requires = "benign")]
     benign_weight: f32,
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -126,6 +126,15 @@ pub(super) async fn run(command: Command) -> Result<Exit> {
 }
 
 async fn measure_quality(args: QualityArgs) -> Result<Exit> {
+    const UNREAD: &str = "formats are compared on one text, without an engine; leave it away";
+    let unread = [
+        "--library",
+        "--device",
+        "--max-running",
+        "--kv-memory",
+        "--context-limit",
+    ];
+    args.model.refuse(&unread.map(|name| (name, UNREAD)))?;
     let text = read_text(&args.text, MOST_TEXT, "a text to measure on")?;
     let mut file = args.json.as_deref().map(WholeFile::create).transpose()?;
     let config = args.model.load(Some("off"), Some("off"))?;
@@ -208,7 +217,14 @@ async fn refusal_head(args: HeadArgs) -> Result<Exit> {
     drop(progress);
     file.bytes(&made.head.to_bytes().map_err(unfit)?)?;
     file.finish()?;
-    print(&format!("{}\n", told(&made)))?;
+    if made.refusals.is_some() || made.benign.is_some() {
+        print(&format!("{}\n", told(&made)))?;
+    }
+    if made.refusals.is_none() {
+        note(
+            "how well it refuses was not measured: every tenth prompt of --harmful is kept for that",
+        );
+    }
     if made.benign.is_none() {
         note("its effect on benign answers was not measured: --benign takes ten or more of them");
     }
@@ -219,17 +235,18 @@ async fn refusal_head(args: HeadArgs) -> Result<Exit> {
 fn told(made: &make_head::Made) -> String {
     let percent = |share: f32| format!("{:.1} %", 100.0 * share);
     let mut rows = table(&["held-out tokens", "without", "with the head"]);
-    let (before, after) = (made.before, made.after);
-    rows.add_row([
-        "refusals: nats a token".to_owned(),
-        format!("{:.3}", before.loss),
-        format!("{:.3}", after.loss),
-    ]);
-    rows.add_row([
-        "refusals: the likeliest token is theirs".to_owned(),
-        percent(before.accuracy),
-        percent(after.accuracy),
-    ]);
+    if let Some([before, after]) = made.refusals {
+        rows.add_row([
+            "refusals: nats a token".to_owned(),
+            format!("{:.3}", before.loss),
+            format!("{:.3}", after.loss),
+        ]);
+        rows.add_row([
+            "refusals: the likeliest token is theirs".to_owned(),
+            percent(before.accuracy),
+            percent(after.accuracy),
+        ]);
+    }
     if let Some(benign) = made.benign {
         rows.add_row([
             format!("benign answers ({}): mean KL in nats", benign.tokens),

@@ -82,6 +82,22 @@ impl ModelArgs {
         })
     }
 
+    /// Refuses those of the flags named that were given: the command would not read them.
+    pub(super) fn refuse(&self, unread: &[(&str, &str)]) -> Result<()> {
+        let given = |name: &str| match name {
+            "--library" => self.library.is_some(),
+            "--device" => self.device.is_some(),
+            "--max-running" => self.max_running.is_some(),
+            "--kv-memory" => self.kv_memory.is_some(),
+            "--context-limit" => self.context_limit.is_some(),
+            _ => false,
+        };
+        match unread.iter().find(|(name, _)| given(name)) {
+            Some((name, why)) => Err(Error::Config(format!("{name}: {why}"))),
+            None => Ok(()),
+        }
+    }
+
     /// The same for another model, where one is named.
     pub(super) fn with_model(&self, model: Option<&str>) -> Self {
         match model {

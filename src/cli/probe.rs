@@ -46,7 +46,8 @@ pub(super) struct FitArgs {
     /// Where to read, e.g. blocks.16.hook_resid_post; several are read together
     #[arg(long = "site", value_name = "SITE", required = true)]
     sites: Vec<Site>,
-    /// last, prompt_content, generated:K or every_generated; the last two need `answer` in the data
+    /// last, prompt_content, generated:K, generated:1..K (the first K together) or every_generated;
+    /// all but the first two need `answer` in the data
     #[arg(long, value_parser = positions, default_value = "last")]
     positions: Positions,
     /// How token logits become the request's: last, max, mean, ema{0.2}, k_of_n{2,8},
@@ -194,7 +195,9 @@ pub(super) fn positions(text: &str) -> std::result::Result<Positions, String> {
         _ => text.into(),
     };
     manifest_text.parse().map_err(|_| {
-        "expected last, prompt_content, generated:3 (counted from 1) or every_generated".to_owned()
+        "expected last, prompt_content, generated:3 (counted from 1), generated:1..3 \
+         or every_generated"
+            .to_owned()
     })
 }
 
@@ -314,6 +317,10 @@ mod tests {
         assert_eq!(positions("last"), Ok(Positions::LastPromptToken));
         assert_eq!(positions("generated:3"), Ok(Positions::Generated(3)));
         assert_eq!(positions("generated{3}"), Ok(Positions::Generated(3)));
+        assert_eq!(
+            positions("generated:1..3"),
+            Ok(Positions::FirstGenerated(3))
+        );
         assert!(positions("generated:0").is_err());
         assert!(positions("somewhere").is_err());
     }

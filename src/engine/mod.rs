@@ -23,3 +23,4 @@ pub use prepare::{
     MonitorDraft, PromptDraft, VectorDraft, prepare,
 };
 pub use request::{PositionSelection, Request};
+pub use scheduler::{Pace, Pending};

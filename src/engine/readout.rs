@@ -86,6 +86,7 @@ pub(super) fn reads(positions: Positions, in_content: bool, is_last: bool, k: u3
         Positions::LastPromptToken => is_last,
         Positions::PromptContent => in_content,
         Positions::Generated(wanted) => k == wanted,
+        Positions::FirstGenerated(last) => (1..=last).contains(&k),
         Positions::EveryGenerated => k > 0,
     }
 }

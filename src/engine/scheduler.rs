@@ -3,13 +3,13 @@
 
 /// What a running sequence could feed into the next pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Pending {
+pub struct Pending {
     /// Tokens that are known and not yet computed: many while it is in prefill, then one.
-    pub(super) tokens: usize,
+    pub tokens: usize,
     /// Tokens that are computed: the position of the next row.
-    pub(super) computed: usize,
+    pub computed: usize,
     /// It has produced nothing yet.
-    pub(super) prefill: bool,
+    pub prefill: bool,
 }
 
 /// How much of a step prompts may take beside those who decode.
@@ -18,7 +18,7 @@ pub(super) struct Pending {
 /// else, so beside decoders prompts are read in pieces that take a share of the step's time
 /// (chunked prefill: Agrawal et al. 2024, Sarathi-Serve, with time in place of tokens). How long
 /// a piece takes is learnt from the steps that ran. Pieces change no bit of what is computed.
-pub(super) struct Pace {
+pub struct Pace {
     /// Rows of a step, at most.
     budget: usize,
     /// Seconds for prompts per second for decoders.
@@ -54,7 +54,7 @@ const FIRST_ROWS: f64 = 16.0;
 
 impl Pace {
     /// `prefill_share`: percent of a step's time that prompts may take beside decoders.
-    pub(super) fn new(budget: usize, prefill_share: u8, even_position: f64) -> Self {
+    pub fn new(budget: usize, prefill_share: u8, even_position: f64) -> Self {
         let share = f64::from(prefill_share) / 100.0;
         Self {
             budget,
@@ -71,7 +71,7 @@ impl Pace {
     /// what is left of the budget and of the time, in order of arrival; at least one row of a
     /// prompt runs, so that many decoders cannot starve a newcomer, save in the few steps that
     /// tell how long decoders take alone.
-    pub(super) fn next_step(&self, pending: &[Pending]) -> Vec<usize> {
+    pub fn next_step(&self, pending: &[Pending]) -> Vec<usize> {
         let decoding = decoders(pending);
         if decoding > 0 && self.prompts_per_decoder.is_finite() && !self.knows(decoding) {
             return pending
@@ -99,7 +99,7 @@ impl Pace {
     }
 
     /// Takes note of a step of `rows` of `pending` that took so many seconds.
-    pub(super) fn learn(&mut self, pending: &[Pending], rows: &[usize], seconds: f64) {
+    pub fn learn(&mut self, pending: &[Pending], rows: &[usize], seconds: f64) {
         let decoding = decoders(pending);
         let prompts = pending.iter().zip(rows).filter(|(p, _)| p.prefill);
         let work: f64 = prompts.map(|(p, rows)| self.work(p.computed, *rows)).sum();

@@ -107,9 +107,7 @@ fn check(bench: &Bench, options: &Options) -> Result<()> {
 }
 
 fn check_answers(file: &str, rows: &[Row], positions: &[Positions]) -> Result<()> {
-    let of_answer =
-        |p: &&Positions| matches!(p, Positions::Generated(_) | Positions::EveryGenerated);
-    let Some(positions) = positions.iter().find(of_answer) else {
+    let Some(positions) = positions.iter().find(|positions| positions.of_answer()) else {
         return Ok(());
     };
     let missing = |row: &&Row| row.answer.as_deref().is_none_or(str::is_empty);
@@ -145,7 +143,9 @@ fn selection(positions: &[Positions]) -> PositionSelection {
     let mut selections = positions.iter().map(|positions| match positions {
         Positions::LastPromptToken => PositionSelection::LastPromptToken,
         Positions::PromptContent => PositionSelection::AllPrompt,
-        Positions::Generated(_) | Positions::EveryGenerated => PositionSelection::Generated,
+        Positions::Generated(_) | Positions::FirstGenerated(_) | Positions::EveryGenerated => {
+            PositionSelection::Generated
+        }
     });
     use PositionSelection::{All, AllPrompt, FromLastPromptToken, Generated, LastPromptToken};
     let first = selections.next().unwrap_or(All);

@@ -528,7 +528,10 @@ fn covers(has: Positions, wanted: Positions) -> bool {
         || matches!(
             (has, wanted),
             (Positions::PromptContent, Positions::LastPromptToken)
-                | (Positions::EveryGenerated, Positions::Generated(_))
+                | (
+                    Positions::EveryGenerated,
+                    Positions::Generated(_) | Positions::FirstGenerated(_)
+                )
         )
 }
 

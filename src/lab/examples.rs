@@ -113,12 +113,8 @@ impl Labelled {
         positions: Positions,
     ) -> Result<Self> {
         let file = path.display().to_string();
-        let reads_answers = matches!(
-            positions,
-            Positions::Generated(_) | Positions::EveryGenerated
-        );
         let missing = |row: &&Row| row.answer.as_deref().is_none_or(str::is_empty);
-        if let (true, Some(row)) = (reads_answers, rows.iter().find(missing)) {
+        if let (true, Some(row)) = (positions.of_answer(), rows.iter().find(missing)) {
             let message = format!(
                 "no `answer`, but the positions {positions} are of answers; \
                  write some with `inwit generate` and put each `text` into its row as `answer`"
@@ -290,7 +286,9 @@ fn selection(positions: Positions) -> PositionSelection {
     match positions {
         Positions::LastPromptToken => PositionSelection::LastPromptToken,
         Positions::PromptContent => PositionSelection::AllPrompt,
-        Positions::Generated(_) | Positions::EveryGenerated => PositionSelection::Generated,
+        Positions::Generated(_) | Positions::FirstGenerated(_) | Positions::EveryGenerated => {
+            PositionSelection::Generated
+        }
     }
 }
 
@@ -314,6 +312,7 @@ pub(super) fn read_at(
         Positions::LastPromptToken => position + 1 == prompt,
         Positions::PromptContent => content.contains(&position),
         Positions::EveryGenerated => position >= prompt,
+        Positions::FirstGenerated(k) => (prompt..prompt + k as usize).contains(&position),
         Positions::Generated(k) => position + 1 == prompt + answer.min(k as usize),
     }
 }

@@ -65,6 +65,9 @@ pub async fn fit(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Fit
     check(options)?;
     bench.check_sites(&options.sites)?;
     let train = Labelled::read(&options.train, options.positions)?;
+    let benign = |path: &PathBuf| Labelled::read_benign(path, options.positions);
+    // Before the work, so that a row that is not benign is told at once.
+    let calibration = options.calibration.as_ref().map(benign).transpose()?;
     let (examples, forms) = collect(bench, &train, options, &mut *tick).await?;
     let trained_on = train.form(&forms)?;
     let (rest, held_out) = split(examples, options.recipe.seed, options.recipe.held_out);
@@ -82,10 +85,9 @@ pub async fn fit(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Fit
         }
     };
     let held_out_benign = || scored.iter().filter(|row| !row.positive).cloned().collect();
-    let (benign, benign_data) = match &options.calibration {
+    let (benign, benign_data) = match calibration {
         None => (held_out_benign(), None),
-        Some(path) => {
-            let rows = Labelled::read_benign(path, options.positions)?;
+        Some(rows) => {
             let benign = score_rows(bench, &probe, &rows, options.positions, tick).await?;
             (benign, Some(rows.record))
         }

@@ -431,8 +431,9 @@ pub fn codes(ended: &[Ended]) -> BTreeMap<String, u64> {
 
 impl Goodput {
     pub fn of(ended: &[Ended], slo: Slo) -> Self {
-        let asked = ended.iter().filter(|call| call.asked).count() as u64;
-        let good = ended.iter().filter(|call| slo.holds(call)).count() as u64;
+        let asked = || ended.iter().filter(|call| call.asked);
+        let good = asked().filter(|call| slo.holds(call)).count() as u64;
+        let asked = asked().count() as u64;
         Self {
             slo,
             good,
@@ -603,6 +604,8 @@ mod tests {
             answered(0, &[150, 160], 160),
             answered(0, &[50, 90], 90),
             end(End::HungUp, false),
+            // Over before the hang-up that was planned.
+            end(End::Answered, false),
             end(End::Scored, false),
             end(End::Failed("UNAVAILABLE".into()), true),
             end(End::Failed("INTERNAL".into()), false),
@@ -612,12 +615,12 @@ mod tests {
         let counted = Calls::of(&calls);
         assert_eq!(
             (counted.answered, counted.rejected, counted.failed),
-            (3, 1, 1)
+            (4, 1, 1)
         );
         let codes = codes(&calls);
         assert_eq!(
             (codes["OK"], codes["CANCELLED"], codes["UNAVAILABLE"]),
-            (4, 1, 1)
+            (5, 1, 1)
         );
     }
 

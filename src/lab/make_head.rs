@@ -38,8 +38,8 @@ pub struct HeadData {
 #[derive(Debug)]
 pub struct Made {
     pub head: RefusalHead,
-    pub before: Fit,
-    pub after: Fit,
+    /// Without the head and with it; none without ten prompts.
+    pub refusals: Option<[Fit; 2]>,
     /// On benign answers that it was not fitted on; none without ten of them.
     pub benign: Option<Disturbance>,
 }
@@ -53,6 +53,7 @@ pub async fn make(
     options: &Options,
     tick: Tick<'_>,
 ) -> Result<Made> {
+    options.check(bench.d_model())?;
     let mut harmful = rows::read(&data.harmful)?;
     let refusals = rows::read(&data.refusals)?;
     pair(&mut harmful, &refusals, options.seed)
@@ -95,21 +96,28 @@ pub async fn make(
 
     let epoch = |epoch: usize, loss: f32| tracing::info!(epoch, loss, "refusal head");
     let low_rank = fit(output_head, &learn, &benign, options, epoch)?;
-    let before = evaluate(output_head, None, &held_out)?;
-    let after = evaluate(output_head, Some(&low_rank), &held_out)?;
+    let refusals = match held_out.targets.is_empty() {
+        true => None,
+        false => Some([
+            evaluate(output_head, None, &held_out)?,
+            evaluate(output_head, Some(&low_rank), &held_out)?,
+        ]),
+    };
     let disturbed = disturbance(output_head, &low_rank, &benign_held_out)?;
 
     let (vocab, d_model) = output_head.dims2()?;
     let mut manifest =
         RefusalHeadManifest::new(&data.name, options.rank, d_model, vocab, identity(bench));
-    let mut metrics = vec![
-        ("held_out_loss_before", before.loss),
-        ("held_out_loss_after", after.loss),
-        ("held_out_accuracy_before", before.accuracy),
-        ("held_out_accuracy_after", after.accuracy),
-        ("held_out_tokens", held_out.targets.len() as f32),
-        ("fitted_tokens", learn.targets.len() as f32),
-    ];
+    let mut metrics = vec![("fitted_tokens", learn.targets.len() as f32)];
+    if let Some([before, after]) = refusals {
+        metrics.extend([
+            ("held_out_loss_before", before.loss),
+            ("held_out_loss_after", after.loss),
+            ("held_out_accuracy_before", before.accuracy),
+            ("held_out_accuracy_after", after.accuracy),
+            ("held_out_tokens", held_out.targets.len() as f32),
+        ]);
+    }
     if let Some(benign) = disturbed {
         metrics.extend([
             ("held_out_benign_mean_kl", benign.mean_kl),
@@ -130,8 +138,7 @@ pub async fn make(
     let head = RefusalHead::new(manifest, low_rank.a, low_rank.b).map_err(unfit)?;
     Ok(Made {
         head,
-        before,
-        after,
+        refusals,
         benign: disturbed,
     })
 }

@@ -30,6 +30,25 @@ pub struct Options {
     pub seed: u64,
 }
 
+impl Options {
+    /// What can be judged without a state.
+    pub fn check(&self, d_model: usize) -> Result<()> {
+        if self.rank == 0 || self.rank > d_model {
+            let message = format!("must be 1 to {d_model}, the model's d_model");
+            return Err(Error::invalid("rank", message));
+        }
+        if self.epochs == 0 {
+            return Err(Error::invalid("epochs", "must be above 0"));
+        }
+        let above_0 = |field: &str, value: f32| match value > 0.0 && value.is_finite() {
+            true => Ok(()),
+            false => Err(Error::invalid(field, "must be above 0")),
+        };
+        above_0("learning_rate", self.learning_rate)?;
+        above_0("benign_weight", self.benign_weight)
+    }
+}
+
 /// The fitted difference to the head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LowRank {
@@ -177,18 +196,7 @@ fn check(
     (vocab, d_model): (usize, usize),
     options: &Options,
 ) -> Result<()> {
-    if options.rank == 0 || options.rank > d_model {
-        return Err(Error::invalid(
-            "rank",
-            format!("must be 1 to {d_model}, the model's d_model"),
-        ));
-    }
-    if options.epochs == 0 || !(options.learning_rate > 0.0 && options.learning_rate.is_finite()) {
-        return Err(Error::invalid(
-            "epochs",
-            "and the learning rate must be positive",
-        ));
-    }
+    options.check(d_model)?;
     let count = refusals.targets.len();
     if count == 0
         || refusals.states.len() != count * d_model

@@ -164,6 +164,10 @@ impl PolicyState {
                     state.is_final = true;
                 }
                 Positions::Generated(wanted) if k < wanted => state.keep(k, position, output),
+                Positions::FirstGenerated(last) if k <= last => {
+                    state.take(position, output);
+                    state.is_final = k == last;
+                }
                 Positions::EveryGenerated => state.take(position, output),
                 _ => {}
             }
@@ -180,7 +184,7 @@ impl PolicyState {
                 _ if state.is_final => {}
                 Positions::Generated(_) => state.read_newest(tokens, needed),
                 // Nothing was written, so nothing harmful was.
-                Positions::EveryGenerated => state.is_final = true,
+                Positions::FirstGenerated(_) | Positions::EveryGenerated => state.is_final = true,
                 Positions::LastPromptToken | Positions::PromptContent => {
                     state.fail("the answer ended before the last prompt token was observed".into());
                     state.is_final = true;
@@ -193,12 +197,8 @@ impl PolicyState {
     /// fire reads generated tokens.
     pub fn needs_last_token(&self, policy: &Policy) -> bool {
         let reads_generated = |detector: &usize| {
-            let positions = policy.detectors.get(*detector).map(|d| d.positions);
-            let generated = matches!(
-                positions,
-                Some(Positions::Generated(_) | Positions::EveryGenerated)
-            );
-            generated
+            let detector_of = policy.detectors.get(*detector);
+            detector_of.is_some_and(|detector| detector.positions.of_answer())
                 && self
                     .detectors
                     .get(*detector)
@@ -232,13 +232,15 @@ impl PolicyState {
     }
 
     /// Withdraws the generated tokens: what was read from them is read anew from the answer that
-    /// takes their place. Verdicts stay, what was read from the prompt stays, and so does a
-    /// `generated(k)` reading of a rule that has fired.
+    /// takes their place. Verdicts stay, what was read from the prompt stays, and so does a reading
+    /// of token `k`, or of the first `k`, of a rule that has fired.
     pub fn rewind(&mut self, policy: &Policy) {
         for (index, detector) in policy.detectors.iter().enumerate() {
             let keeps = match detector.positions {
                 Positions::LastPromptToken | Positions::PromptContent => true,
-                Positions::Generated(_) => self.has_fired_over(policy, index),
+                Positions::Generated(_) | Positions::FirstGenerated(_) => {
+                    self.has_fired_over(policy, index)
+                }
                 Positions::EveryGenerated => false,
             };
             if let (false, Some(state)) = (keeps, self.detectors.get_mut(index)) {
@@ -518,6 +520,8 @@ fn product(factors: impl Iterator<Item = f32>) -> f32 {
 mod tests {
     use proptest::prelude::*;
 
+    use inwit_probes::Gather;
+
     use super::super::testing::{COMPLIES, CONTENT, HARM, WRITING, policy};
     use super::*;
 
@@ -708,6 +712,42 @@ mod tests {
             &product(),
             &[(Last(&[(HARM, YES)]), "allow 3"), (End(0), "allow 0 .")],
         );
+    }
+
+    #[test]
+    fn the_first_tokens_are_judged_together_once_the_last_of_them_is_there() {
+        let mut policy = policy(&all());
+        policy.detectors[COMPLIES].positions = Positions::FirstGenerated(3);
+        policy.detectors[COMPLIES].gather = Gather::Max;
+        let decided = |steps: &[(Step<'_>, &str)]| {
+            let mut state = PolicyState::new(&policy);
+            for (index, (step, expected)) in steps.iter().enumerate() {
+                let decision = apply(&mut state, &policy, step);
+                assert_eq!(shown(&policy, &decision), *expected, "step {index}");
+            }
+        };
+        decided(&[
+            (Last(&[(HARM, YES)]), "allow 3"),
+            (Generated(1, &[(COMPLIES, YES)]), "allow 3"),
+            (Generated(2, &[]), "allow 3"),
+            (Generated(3, &[]), "refusal_head 0 r ."),
+        ]);
+        decided(&[
+            (Last(&[(HARM, YES)]), "allow 3"),
+            (Generated(1, &[(COMPLIES, YES)]), "allow 3"),
+            (Rewind, "allow 3"),
+            (Last(&[(HARM, YES)]), "allow 3"),
+            (Generated(1, &[]), "allow 3"),
+            (Generated(2, &[]), "allow 3"),
+            (Generated(3, &[]), "allow 0 ."),
+            (Generated(4, &[(COMPLIES, YES)]), "allow 0 ."),
+        ]);
+        decided(&[
+            (Last(&[(HARM, YES)]), "allow 3"),
+            (Generated(1, &[(COMPLIES, YES)]), "allow 3"),
+            (End(1), "refusal_head 0 r ."),
+        ]);
+        decided(&[(Last(&[(HARM, YES)]), "allow 3"), (End(0), "allow 0 .")]);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use inwit_probes::{Gather, Kind, Probe, RefusalHead, SteeringVector};
+use inwit_probes::{Gather, Kind, Positions, Probe, RefusalHead, SteeringVector};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -144,6 +144,28 @@ fn every_kind_is_fitted_over_two_sites_and_twice_the_same() {
     bench.refused(
         "probe fit --data train.jsonl --site hook_embed --kind lda --hidden 4 --name p --out q",
         "hidden: is no setting of the kind lda",
+    );
+}
+
+#[test]
+fn the_first_tokens_of_answers_are_read_together() {
+    let bench = Bench::new();
+    let fit = |positions: &str, gather: &str| {
+        bench.done(&format!(
+            "probe fit --data train.jsonl --positions {positions} --site {EARLY} --gather {gather} \
+             --kind lda --name p --out p.safetensors"
+        ));
+        bench.probe("p.safetensors")
+    };
+    let three = fit("generated:1..3", "mean");
+    assert_eq!(three.manifest().positions, Positions::FirstGenerated(3));
+    // One token alone is read alike under both names.
+    let [first, alone] = [fit("generated:1..1", "mean"), fit("generated:1", "last")];
+    assert_eq!(first.heads(), alone.heads());
+    assert_ne!(first.heads(), three.heads());
+    bench.refused(
+        "probe fit --data train.jsonl --positions generated:2..3 --site hook_embed --name p --out q",
+        "generated:1..3",
     );
 }
 
@@ -305,6 +327,14 @@ fn a_vector_keeps_out_of_what_benign_states_vary_along() {
         &format!("{line} --null-space-energy 2 --out other.safetensors"),
         "null_space_energy",
     );
+    bench.write(
+        "benign.jsonl",
+        [json!({"text": "A hill.", "label": "harmful"})],
+    );
+    bench.refused(
+        &format!("{line} --out other.safetensors"),
+        "the label harmful belongs into the other",
+    );
 }
 
 #[test]
@@ -328,4 +358,23 @@ fn a_refusal_head_says_what_it_does_to_benign_answers() {
     assert!(metrics["held_out_benign_tokens"].value > 0.0);
     let told = bench.done(&format!("{line} --out alone.safetensors"));
     assert!(told.contains("not measured"), "{told}");
+
+    bench.write("harmful.jsonl", (0..9).map(harmful));
+    let told = bench.done(&format!("{line} --out few.safetensors"));
+    assert!(told.contains("every tenth prompt"), "{told}");
+    let few = RefusalHead::load(bench.path("few.safetensors")).unwrap();
+    assert!(
+        !few.manifest()
+            .record
+            .metrics
+            .contains_key("held_out_loss_after")
+    );
+    bench.refused(
+        &format!("{line} --benign dev.jsonl --benign-weight=-1 --out other.safetensors"),
+        "benign_weight: must be above 0",
+    );
+    bench.refused(
+        &format!("{line} --benign-weight 2 --out other.safetensors"),
+        "--benign",
+    );
 }

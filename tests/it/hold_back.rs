@@ -340,15 +340,35 @@ fn a_rewound_answer_has_its_budget_its_penalties_and_draws_of_its_own() {
 
 /// Fires at generated token 2, whatever it is.
 fn sure_policy(bench: &Bench, action: &str) -> Arc<Snapshot> {
-    let second = Positions::Generated(2);
+    sure_policy_at(bench, Positions::Generated(2), action)
+}
+
+fn sure_policy_at(bench: &Bench, positions: Positions, action: &str) -> Arc<Snapshot> {
     let site = [Site::ResidPost(1)];
     let document = format!(
         "[[detector]]\nname = \"d\"\nprobe = \"second\"\nthreshold_logit = -1e30\n\
          [[rule]]\nname = \"r\"\nwhen = {{ detector = \"d\" }}\naction = {action}\n"
     );
     let library = bench.library.clone();
-    let library = library.probe("second", second, &[Gather::Last], &site, 5);
+    let library = library.probe("second", positions, &[Gather::Last], &site, 5);
     library.policy("p", &document).snapshot()
+}
+
+#[test]
+fn a_rule_over_the_first_tokens_fires_with_the_last_of_them() {
+    let bench = Bench::new(LLAMA);
+    let withheld = |positions| {
+        let snapshot = sure_policy_at(&bench, positions, "{ refuse = \"no\" }");
+        let outcome = bench
+            .rig
+            .run(&snapshot, plain().monitored(Mode::Enforce, "p"));
+        assert_eq!(outcome.folded.text, "no");
+        outcome.completed().usage.withheld_tokens
+    };
+    assert_eq!(withheld(Positions::FirstGenerated(1)), 1);
+    assert_eq!(withheld(Positions::FirstGenerated(5)), 5);
+    assert_eq!(withheld(Positions::Generated(5)), 5);
+    assert_eq!(withheld(Positions::EveryGenerated), 1);
 }
 
 #[test]

@@ -154,7 +154,11 @@ fn check_equals_capture(folder: &Path, capture: &Path) {
     assert_eq!(collected.rows().len(), 150);
     for (index, row) in collected.rows().enumerate().step_by(37) {
         assert_eq!(row.id(), format!("r{index}"));
-        for wanted in [Positions::PromptContent, Positions::Generated(2)] {
+        for wanted in [
+            Positions::PromptContent,
+            Positions::Generated(2),
+            Positions::FirstGenerated(2),
+        ] {
             let read = row.states(&[site], wanted).unwrap();
             let expected: Vec<f32> = read
                 .positions
@@ -165,10 +169,13 @@ fn check_equals_capture(folder: &Path, capture: &Path) {
             assert!(read.values[0] == expected, "{index} {wanted}");
             let last = *read.positions.last().unwrap() as usize;
             let end = match wanted {
-                Positions::Generated(_) => row.prompt_tokens() + 1,
-                _ => row.prompt_tokens() - 1,
+                Positions::PromptContent => row.prompt_tokens() - 1,
+                _ => row.prompt_tokens() + 1,
             };
             assert_eq!(last, end);
+            if wanted == Positions::FirstGenerated(2) {
+                assert_eq!(read.positions.len(), 2);
+            }
         }
     }
 }

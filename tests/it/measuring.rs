@@ -26,6 +26,28 @@ fn numbers(row: &Value, keys: &[&str]) {
 }
 
 #[test]
+fn a_benchmark_refuses_what_its_parts_would_not_read() {
+    let model = golden("llama/hf");
+    for (parts, flag, value, told) in [
+        ("memory", "--streams", "2", "throughput, grpc, added"),
+        ("memory,prefix", "--pairs", "9", "add one of added"),
+        ("added", "--rounds", "2", "throughput, prefix, grpc"),
+        ("prefix", "--answer-tokens", "9", "--answer-tokens: none"),
+        ("prefix", "--library", "shipped", "its own probes"),
+        ("throughput", "--max-running", "4", "as many rows"),
+        ("added", "--context-limit", "99", "steps over"),
+    ] {
+        let model = model.to_str().unwrap();
+        let output = inwit(&[
+            "bench", "--quick", "--model", model, "--parts", parts, flag, value,
+        ]);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{flag}: {error}");
+        assert!(error.contains(told), "{flag}: {error}");
+    }
+}
+
+#[test]
 fn a_benchmark_writes_every_row_that_readers_of_its_file_rely_on() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("bench.json");

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use inwit_probes::manifest::ModelIdentity;
 use inwit_probes::{DataRecord, Metric, Site};
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +15,7 @@ const MOST_SITES: usize = 10_000;
 /// The sweep as a report shows it. What else the file says stays there.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sweep {
+    pub model: ModelIdentity,
     pub kind: String,
     pub data: DataRecord,
     pub sites: Vec<SweptSite>,
@@ -36,6 +38,20 @@ pub struct Ranked {
 pub fn read(path: &Path) -> Result<Sweep> {
     let text = read_text(path, MOST_BYTES, "a sweep")?;
     parse(&text).map_err(|message| Error::file(path.display(), message))
+}
+
+impl Sweep {
+    /// Refuses the layers of another model than the one that is evaluated.
+    pub fn check_model(&self, path: &Path, model: &ModelIdentity) -> Result<()> {
+        if self.model.weights_id == model.weights_id {
+            return Ok(());
+        }
+        let message = format!(
+            "is a sweep over {} ({}), not over the loaded {} ({})",
+            self.model.name, self.model.weights_id, model.name, model.weights_id
+        );
+        Err(Error::file(path.display(), message))
+    }
 }
 
 fn parse(text: &str) -> Result<Sweep, String> {
@@ -63,7 +79,7 @@ mod tests {
 
     fn sweep(value: f64) -> String {
         format!(
-            r#"{{"model":{{}},"kind":"logistic","data":{{"name":"a","sha256":"b","rows":1}},
+            r#"{{"model":{{"name":"m","architecture_id":"a","weights_id":"w","weight_format":"f32"}},"kind":"logistic","data":{{"name":"a","sha256":"b","rows":1}},
                "sites":[{{"site":"blocks.1.hook_resid_post","dev":[],"dev_together":null,
                "held_out":{{"auroc":{{"value":{value},"interval":[0.7,0.9]}},"tpr_at_one_percent":null}}}}]}}"#
         )
@@ -75,6 +91,14 @@ mod tests {
         assert_eq!(read.sites[0].held_out.auroc.interval, Some([0.7, 0.9]));
         assert_eq!(read.sites[0].site, Site::ResidPost(1));
         assert_eq!(read.sites[0].dev_together, None);
+        let other = ModelIdentity {
+            weights_id: "v".into(),
+            ..read.model.clone()
+        };
+        let path = Path::new("sweep.json");
+        assert!(read.check_model(path, &read.model).is_ok());
+        let error = read.check_model(path, &other).expect_err("refused");
+        assert!(error.to_string().contains("over m (w)"), "{error}");
     }
 
     #[test]

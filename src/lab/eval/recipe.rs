@@ -99,7 +99,7 @@ fn prober(
 fn beside(positions: Positions) -> Positions {
     match positions {
         Positions::LastPromptToken | Positions::PromptContent => Positions::LastPromptToken,
-        Positions::Generated(k) => Positions::Generated(k),
+        Positions::Generated(k) | Positions::FirstGenerated(k) => Positions::Generated(k),
         Positions::EveryGenerated => Positions::Generated(PILOT),
     }
 }

@@ -39,12 +39,8 @@ impl EvalSet {
 
     /// The text that a baseline reads: the prompt's turns, and the answer where the probe reads it.
     pub fn texts(&self, positions: Positions) -> Vec<String> {
-        let reads_answers = matches!(
-            positions,
-            Positions::Generated(_) | Positions::EveryGenerated
-        );
         let text = |row: &Row| {
-            let answer = row.answer.as_deref().filter(|_| reads_answers);
+            let answer = row.answer.as_deref().filter(|_| positions.of_answer());
             match answer {
                 Some(answer) => format!("{}\n{answer}", prompt_text(&row.prompt)),
                 None => prompt_text(&row.prompt),
