@@ -7,14 +7,16 @@ llama.cpp (its Python package) and mistral.rs (its crate, through mistral/ besid
 for this processor under --work; each engine runs in processes of its own.
 All read the same prose: one prompt of 512 tokens (prefill), then 1, 4, 8 and 16 streams with
 prompts of 64 tokens that write 128 tokens each (decode). Both peers run the file as it comes and
-the same weights as Q8_0, llama.cpp in every setting of SETTINGS; mistral.rs has none on a CPU. Of
-each engine the best setting counts, by the median of its rounds. The rounds of all engines take
-turns, so that a machine that slows down slows all of them.
+the same weights as Q8_0, mistral.rs also as F32, whose products take another path; llama.cpp in
+every setting of SETTINGS. Of each engine the best setting counts, by the median of its rounds. The
+rounds of all engines take turns, so that a machine that slows down slows all of them. An engine
+that cannot be built or fails is left out, and then the exit status is 1.
 
 It does not judge the numbers: the table and the raw results (--json) are what it leaves.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -41,9 +43,11 @@ NO_AMX = "-DGGML_NATIVE=OFF" + "".join(
     f" -DGGML_{name}=ON" for name in ("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16", "AVX_VNNI")
 )
 ENGINES = ("inwit", "llama", "mistral")
-PACKAGES = ["llama-cpp-python", "numpy"]
+PACKAGES = ["llama-cpp-python==0.3.36", "numpy"]
+# llama.cpp's name of a file type, and its number.
+FILE_TYPES = {"q8_0": 7, "f32": 0}
 # What an engine that cannot be had or run ends in: the others are measured without it.
-FAILURES = (subprocess.CalledProcessError, RuntimeError, OSError)
+FAILURES = (subprocess.CalledProcessError, RuntimeError, OSError, ValueError)
 
 
 def main():
@@ -51,7 +55,9 @@ def main():
     if options.child:
         return print(json.dumps(llama(options)))
     options.work.mkdir(parents=True, exist_ok=True)
-    engines = engines_of(options)
+    for path in filter(None, (options.out, options.json)):
+        path.touch()
+    engines, failed = engines_of(options)
     results = {name: [] for name in engines}
     for turn in range(options.rounds):
         for name, run in engines.items():
@@ -60,18 +66,19 @@ def main():
                 results[name].append(run())
             except FAILURES as error:
                 print(f"{name}: left out: {error}", file=sys.stderr)
-    results = {name: rounds for name, rounds in results.items() if rounds}
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+                failed.append(name)
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
+    results = {name: rounds for name, rounds in results.items() if len(rounds) == options.rounds}
     table = report(options, {name: best(rounds) for name, rounds in results.items()})
     (options.out.write_text if options.out else print)(table)
+    sys.exit(1 if failed else 0)
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a GGUF file")
     parser.add_argument("--inwit", type=Path, help="the program; without it only the peers run")
-    parser.add_argument("--inwit-flags", default="", help="further flags of `inwit bench`, in one string")
     parser.add_argument("--engines", default=",".join(ENGINES), help="which of them to run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -90,16 +97,25 @@ def arguments():
     unknown = [name for name in options.engines.split(",") if name not in ENGINES]
     if unknown:
         parser.error(f"--engines {unknown[0]}: known are {', '.join(ENGINES)}")
+    if options.inwit is None and options.engines == "inwit":
+        parser.error("--engines inwit needs --inwit")
+    for flag, file in (("--model", options.model), ("--inwit", options.inwit)):
+        if file is not None and not file.is_file():
+            parser.error(f"{flag} {file}: there is no such file")
+    if options.rounds < 1 or options.threads < 1:
+        parser.error("--rounds and --threads must be above 0")
     if options.quick:
-        global STREAMS, ANSWER, SETTINGS, MEMORY_TOKENS
-        STREAMS, ANSWER, SETTINGS, MEMORY_TOKENS = [1, 4], 16, SETTINGS[:2], 100
+        global STREAMS, PROMPT, CONTEXT, ANSWER, SETTINGS, MEMORY_STREAMS, MEMORY_TOKENS
+        STREAMS, PROMPT, CONTEXT, ANSWER, SETTINGS = [1, 4], 48, 16, 16, SETTINGS[:2]
+        # Those of `inwit bench --quick`, which has no flags for them.
+        MEMORY_STREAMS, MEMORY_TOKENS = 2, 48
         options.rounds = 1
     return options
 
 
 def engines_of(options):
     wanted = options.engines.split(",")
-    engines = {}
+    engines, failed = {}, []
     if options.inwit and "inwit" in wanted:
         engines["Inwit"] = lambda: inwit(options)
     for name, build in (("llama", llama_engines), ("mistral", mistral_engines)):
@@ -108,12 +124,13 @@ def engines_of(options):
                 engines |= build(options)
             except FAILURES as error:
                 print(f"{name}: left out, it could not be built: {error}", file=sys.stderr)
-    return engines
+                failed.append(name)
+    return engines, failed
 
 
 def llama_engines(options):
     python = environment(options)
-    q8_0 = requantised(options, python)
+    q8_0 = requantised(options, python, "q8_0")
     return {
         "llama.cpp, as it comes": lambda: in_child(options, python, options.model),
         "llama.cpp, Q8_0": lambda: in_child(options, python, q8_0),
@@ -121,10 +138,12 @@ def llama_engines(options):
 
 
 def mistral_engines(options):
-    program, q8_0 = mistral_program(options), requantised(options, environment(options))
+    program, python = mistral_program(options), environment(options)
+    q8_0, f32 = (requantised(options, python, name) for name in ("q8_0", "f32"))
     return {
         "mistral.rs, as it comes": lambda: mistral(options, program, options.model),
         "mistral.rs, Q8_0": lambda: mistral(options, program, q8_0),
+        "mistral.rs, F32": lambda: mistral(options, program, f32),
     }
 
 
@@ -132,29 +151,36 @@ def mistral_engines(options):
 
 
 def environment(options):
-    """A virtual environment with llama.cpp's package, made once."""
+    """A virtual environment with llama.cpp's package, made once for each way to build it."""
     folder = options.work / "llama"
-    python = folder / "bin/python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        flags = {**os.environ, "CMAKE_ARGS": NO_AMX if options.cmake_args == "no-amx" else options.cmake_args}
+    python, built = folder / "bin/python", folder / "built"
+    cmake_args = NO_AMX if options.cmake_args == "no-amx" else options.cmake_args
+    how = " ".join([cmake_args, *PACKAGES])
+    if not built.exists() or built.read_text() != how:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        flags = {**os.environ, "CMAKE_ARGS": cmake_args}
         # A wheel would be built for some other processor.
         install = [python, "-m", "pip", "install", "--quiet", *PACKAGES, "--no-binary", "llama-cpp-python"]
         subprocess.run(install, check=True, env=flags)
+        built.write_text(how)
     return python
 
 
-def requantised(options, python):
-    """The same weights as Q8_0: the peers' best format on many processors."""
-    out = options.work / f"{options.model.stem}.as-q8_0.gguf"
+def requantised(options, python, name):
+    """The same weights in another format; Q8_0 is the peers' best on many processors."""
+    digest = hashlib.sha256(options.model.read_bytes()).hexdigest()[:12]
+    out = options.work / f"{digest}.{name}.gguf"
     if not out.exists():
         code = (
             "import sys, llama_cpp as l\n"
             "params = l.llama_model_quantize_default_params()\n"
-            "params.ftype, params.allow_requantize = l.LLAMA_FTYPE_MOSTLY_Q8_0, True\n"
+            "params.ftype, params.allow_requantize = int(sys.argv[3]), True\n"
             "sys.exit(l.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), params))"
         )
-        subprocess.run([python, "-c", code, options.model, out], check=True, stderr=subprocess.DEVNULL)
+        partial = out.with_suffix(".partial")
+        command = [python, "-c", code, options.model, partial, str(FILE_TYPES[name])]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        partial.rename(out)
     return out
 
 
@@ -175,7 +201,10 @@ def answer_of(options, command):
     if ended.returncode != 0:
         last = (ended.stderr.strip().splitlines() or ["said nothing"])[-1]
         raise RuntimeError(f"it ended with {ended.returncode}: {last}")
-    return json.loads(ended.stdout.splitlines()[-1])
+    lines = ended.stdout.splitlines()
+    if not lines:
+        raise RuntimeError("it ended without a result")
+    return json.loads(lines[-1])
 
 
 def mistral_program(options):
@@ -212,13 +241,15 @@ def inwit(options):
 
     def run(parts, *flags):
         command = [options.inwit, "bench", "--model", options.model, "--threads", str(options.threads)]
-        command += ["--parts", parts, "--json", file, *options.inwit_flags.split(), *flags]
+        command += ["--parts", parts, "--json", file, *flags]
         command += ["--quick"] if options.quick else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return json.loads(file.read_text())
 
     memory = run("memory")["memory"]
-    report = run("throughput", "--streams", ",".join(map(str, STREAMS)), "--rounds", "1")
+    sizes = {"--prompt-tokens": PROMPT, "--context-tokens": CONTEXT, "--answer-tokens": ANSWER, "--rounds": 1}
+    streams = ["--streams", ",".join(map(str, STREAMS))]
+    report = run("throughput", *streams, *(str(word) for size in sizes.items() for word in size))
     rows = {(row["name"], row["streams"]): row["tokens_per_second"] for row in report["rows"] if row["monitor"] == "off"}
     settings = report["settings"]
     result = {"prefill": rows["prefill", 1], "decode": {str(n): rows["decode", n] for n in STREAMS}}

@@ -5,10 +5,12 @@
 
 FOLDER of --data-dir holds benchmark prompts, which stay out of this repository: train.jsonl, which
 ../data/fetch puts there if it is missing, and calibration_benign.jsonl, which no package carries.
-Without the second the thresholds of prompt_harm come from our own prompts alone, and its file differs.
-What is made lands in smollm2-135m-instruct/ beside this file; what was made on the way (prompts,
-states, answers, labels) stays in --work, and a run that was interrupted goes on with it. All of it
-takes about an hour on two cores.
+Without the second the thresholds of prompt_harm come from our own prompts alone, so its file differs
+and --out must name another folder than that of what ships, smollm2-135m-instruct/ beside this file.
+At the end it says of each file whether its bytes are those that were in --out before: on the machine
+and with the build that made them they are.
+What was made on the way (prompts, states, answers, labels) stays in --work, and a run that was
+interrupted goes on with it. All of it takes about an hour on two cores.
 Every choice here was made on training rows and on ../data/dev_*; no test file is read.
 """
 
@@ -22,7 +24,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
-OUT = HERE / "smollm2-135m-instruct"
+SHIPPED = HERE / "smollm2-135m-instruct"
+KINDS = ("probes", "heads", "vectors")
 # Between the two sites of the layer sweep that are highest (reports.py).
 SITE = "blocks.17.hook_resid_post"
 PAIR = ["blocks.14.hook_resid_post", "blocks.18.hook_resid_post"]
@@ -34,8 +37,14 @@ PROMPTS = (
 # Frames around prompts, and how many times as many rows each file gets.
 FRAMES = {"wrappers": 1, "wrappers_more": 1, "wrappers_long": 1, "wrappers_third": 2}
 ANSWERED = "contrast contrast_third harmful_general harmful_more benign_general benign_edgy".split()
-# How prompt_harm is fitted.
+# The answers of response_harm: to more prompts, and longer.
+RESPONSES = ANSWERED + "contrast_fourth requests_third indirect_more tense_second".split()
+RESPONSE_TOKENS = 64
+# Benign answers that set its thresholds: as long as most answers get.
+BENIGN_TOKENS = 256
+# How prompt_harm is fitted, and response_harm.
 FIT = "--held-out 0.1 --attention-heads 16 --epochs 16 --weight-decay 3 --token-dropout 0.5".split()
+RESPONSE_FIT = "--attention-heads 8 --epochs 12 --weight-decay 3 --token-dropout 0.5".split()
 LABELS = ("harmful", "benign")
 STEER_SITE = "blocks.14.hook_resid_post"
 JUDGED_SITE = "blocks.18.hook_resid_post"
@@ -46,31 +55,34 @@ def main():
     arguments.add_argument("--inwit", required=True, help="the program")
     arguments.add_argument("--work", required=True, type=Path, help="where to keep what is made on the way")
     arguments.add_argument("--data-dir", required=True, type=Path, help="benchmark prompts, outside the repository")
-    arguments = arguments.parse_args()
-    work = arguments.work
+    arguments.add_argument("--out", default=SHIPPED, type=Path, help="where the library lies [default: what ships]")
+    options = arguments.parse_args()
+    work, out, benchmarks = options.work, options.out, options.data_dir
+    whole = (benchmarks / "calibration_benign.jsonl").exists()
+    if not whole and out.resolve() == SHIPPED:
+        arguments.error(f"{benchmarks} has no calibration_benign.jsonl (GSM8K and TriviaQA, from their authors), so this "
+                        "would not make what ships: name another folder with --out")
+    fetch([] if (benchmarks / "train.jsonl").exists() else ["--out", benchmarks], ["train"])
+    fetch(["--check", benchmarks], ["train", "calibration_benign"] if whole else ["train"])
     work.mkdir(parents=True, exist_ok=True)
     (work / "no-library").mkdir(exist_ok=True)
-    for folder in ("probes", "heads", "vectors"):
-        (OUT / folder).mkdir(parents=True, exist_ok=True)
+    for folder in KINDS:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    before = hashes(out)
+    forget_answers_of_another(options.inwit, work)
 
     def inwit(*words, library=work / "no-library"):
         # Without the library that is being made: its parts would have to fit each other at every step.
-        command = [arguments.inwit, *map(str, words), "--max-running", "32", "--library", library]
+        command = [options.inwit, *map(str, words), "--max-running", "32", "--library", library]
         subprocess.run(command, check=True)
 
-    if not (arguments.data_dir / "train.jsonl").exists():
-        fetch = [sys.executable, DATA / "fetch", "--out", arguments.data_dir, "--only", "train"]
-        subprocess.run(fetch, check=True)
     own = [row for name in PROMPTS for row in read(DATA / f"{name}.jsonl")]
     canaries = random.Random(2).sample([row for row in own if len(row["text"]) < 200], 300)
     write(work / "canaries.jsonl", canaries)
-    write(work / "prompt_fit.jsonl", prompt_rows(own, read(arguments.data_dir / "train.jsonl")))
+    write(work / "prompt_fit.jsonl", prompt_rows(own, read(benchmarks / "train.jsonl")))
     thresholds = read(DATA / "calibration_own.jsonl") + read(DATA / "calibration_second.jsonl")
-    if (arguments.data_dir / "calibration_benign.jsonl").exists():
-        thresholds = read(arguments.data_dir / "calibration_benign.jsonl") + thresholds
-    else:
-        print(f"no calibration_benign.jsonl in {arguments.data_dir} (GSM8K and TriviaQA, from their authors): the "
-              "thresholds of prompt_harm come from our own prompts alone", file=sys.stderr)
+    if whole:
+        thresholds = read(benchmarks / "calibration_benign.jsonl") + thresholds
     write(work / "prompt_thresholds.jsonl", thresholds)
     sites = [word for site in PAIR for word in ("--site", site)]
     # The last site and position are what `eval probe --train` reads for SafeSwitch's recipe.
@@ -81,37 +93,68 @@ def main():
           "--calibration-data", work / "prompt_thresholds.jsonl",
           "--states", work / "prompt_fit.states", work / "prompt_thresholds.states",
           *sites, "--positions", "prompt_content", "--kind", "attention", *FIT,
-          "--name", "prompt_harm", "--out", OUT / "probes/prompt_harm.safetensors")
+          "--name", "prompt_harm", "--out", out / "probes/prompt_harm.safetensors")
 
-    judges(work, inwit, own)
-    asked = [row for name in ANSWERED for row in read(DATA / f"{name}.jsonl")]
-    write(work / "asked.jsonl", asked)
-    answered = []
-    for name, more in (("greedy", []), ("sampled", ["--temperature", 0.8, "--seed", 1])):
+    judges(work, out, inwit, own)
+
+    def answers(asked, name, tokens, *more, least=6):
+        write(work / "asked.jsonl", asked)
         if not (work / f"answers_{name}.jsonl").exists():
             inwit("generate", "--data", work / "asked.jsonl", "--out", work / f"answers_{name}.jsonl",
-                  "--mode", "off", "--max-tokens", 40, *more)
-        answered += with_prompts(read(work / f"answers_{name}.jsonl"), asked, name)
-    write(work / "answered.jsonl", answered)
-    inwit("lab", "label", "--data", work / "answered.jsonl", "--out", work / "labelled.jsonl",
-          library=work / "judges")
-    answer_rows(work, asked, read(work / "labelled.jsonl"))
+                  "--mode", "off", "--max-tokens", tokens, *more)
+        return with_prompts(read(work / f"answers_{name}.jsonl"), asked, name, least)
+
+    def labelled(answered, name):
+        write(work / f"answered_{name}.jsonl", answered)
+        inwit("lab", "label", "--data", work / f"answered_{name}.jsonl", "--out", work / f"labelled_{name}.jsonl",
+              library=work / "judges")
+        return read(work / f"labelled_{name}.jsonl")
+
+    asked = [row for name in ANSWERED for row in read(DATA / f"{name}.jsonl")]
+    begun = answers(asked, "greedy", 40) + answers(asked, "sampled", 40, "--temperature", 0.8, "--seed", 1)
+    answer_rows(work, asked, labelled(begun, "begun"))
     inwit("probe", "fit", "--data", work / "compliance_fit.jsonl", "--canary-data", work / "compliance_fit.jsonl",
           "--site", SITE, "--positions", "generated:3", "--alpha", 0.01,
-          "--name", "compliance", "--out", OUT / "probes/compliance.safetensors")
+          "--name", "compliance", "--out", out / "probes/compliance.safetensors")
+    more = [row for name in RESPONSES for row in read(DATA / f"{name}.jsonl") if len(row["text"]) < 600]
+    response_rows(work, labelled(answers(more, "responses", RESPONSE_TOKENS), "responses"))
+    benign = read(DATA / "calibration_own.jsonl") + read(DATA / "calibration_second.jsonl")
+    write(work / "response_thresholds.jsonl", answers(benign, "benign", BENIGN_TOKENS, least=1))
     inwit("probe", "fit", "--data", work / "response_fit.jsonl", "--canary-data", work / "response_canaries.jsonl",
-          *sites, "--positions", "every_generated", "--gather", "max", "--gather", "mean",
-          "--gather", "ema{0.2}", "--alpha", 0.01,
-          "--name", "response_harm", "--out", OUT / "probes/response_harm.safetensors")
+          "--calibration-data", work / "response_thresholds.jsonl",
+          *sites, "--positions", "every_generated", "--kind", "attention", *RESPONSE_FIT,
+          "--name", "response_harm", "--out", out / "probes/response_harm.safetensors")
     # States inside the first words of a refusal against states inside the first words of an answer.
     inwit("lab", "vector", "--harmful", work / "caa_refuse.jsonl", "--benign", work / "caa_comply.jsonl",
-          "--site", STEER_SITE, "--name", "refusal", "--out", OUT / "vectors/refusal.safetensors")
+          "--site", STEER_SITE, "--name", "refusal", "--out", out / "vectors/refusal.safetensors")
     inwit("lab", "refusal-head", "--harmful", work / "head_harmful.jsonl", "--refusals", DATA / "refusals.jsonl",
           "--benign", work / "head_benign.jsonl", "--rank", 16, "--epochs", 4,
-          "--name", "refusal", "--out", OUT / "heads/refusal.safetensors")
+          "--name", "refusal", "--out", out / "heads/refusal.safetensors")
+    for file, digest in hashes(out).items():
+        print(f"{file:40} {'the bytes that were there' if before.get(file) == digest else 'other bytes'}")
 
 
-def judges(work, inwit, own):
+def fetch(where, names):
+    if where:
+        subprocess.run([sys.executable, DATA / "fetch", *where, "--only", *names], check=True)
+
+
+def hashes(out):
+    """Of every artefact, by its name within the folder."""
+    files = sorted(file for kind in KINDS for file in (out / kind).glob("*.safetensors"))
+    return {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def forget_answers_of_another(program, work):
+    """Answers are kept from one run to the next, but not those that another build gave."""
+    mine, stamp = hashlib.sha256(Path(program).read_bytes()).hexdigest(), work / "program.sha256"
+    if not stamp.exists() or stamp.read_text() != mine:
+        for answers in work.glob("answers_*.jsonl"):
+            answers.unlink()
+        stamp.write_text(mine)
+
+
+def judges(work, out, inwit, own):
     """The two probes that judge answers, from labels by hand.
 
     The half of judge_sample that measures judges stays out, and so does every answer to a prompt of its groups.
@@ -135,8 +178,8 @@ def judges(work, inwit, own):
         file = f"probes/{name}.safetensors"
         inwit("probe", "fit", "--data", work / f"{name}.jsonl", "--canary-data", work / f"{name}.jsonl",
               "--site", JUDGED_SITE, "--positions", "every_generated", "--gather", "mean", "--alpha", 0.3,
-              "--class-weight", weight, "--name", name, "--out", OUT / file)
-        (work / "judges" / file).write_bytes((OUT / file).read_bytes())
+              "--class-weight", weight, "--name", name, "--out", out / file)
+        (work / "judges" / file).write_bytes((out / file).read_bytes())
 
 
 def prompt_rows(own, train):
@@ -170,26 +213,26 @@ def prompt_rows(own, train):
     return rows
 
 
-def with_prompts(answers, asked, how):
-    """Rows of a prompt with its answer, as the judges read them."""
+def with_prompts(answers, asked, how, least):
+    """Rows of a prompt with its answer of so many words at least, as the judges read them."""
     prompts = {row["id"]: row for row in asked}
     rows = []
     for answer in answers:
         prompt = prompts[answer["id"]]
-        if len(answer["text"].split()) >= 6:
+        if len(answer["text"].split()) >= least:
             rows.append({"id": f"{answer['id']}-{how}", "text": prompt["text"], "answer": answer["text"].strip(),
                          "label": prompt["label"], "category": prompt["category"], "group": prompt["group"]})
     return rows
 
 
 def answer_rows(work, asked, answers):
-    """The model's own answers, greedy and sampled, and our refusals, labelled by whether they decline."""
+    """For compliance: the model's own answers, greedy and sampled, and our refusals, by whether they decline."""
     chance = random.Random(5)
     by_category = {}
     for refusal in read(DATA / "refusals.jsonl"):
         by_category.setdefault(refusal["category"], []).append(refusal["text"])
     harmful = [row for row in asked if row["label"] == "harmful"]
-    compliance, response, plain = [], [], []
+    compliance, plain = [], []
     for answer in answers:
         if answer["label"] not in ("complied", "refused"):
             continue
@@ -197,18 +240,14 @@ def answer_rows(work, asked, answers):
         begun = " ".join(answer["answer"].split()[:10])
         asked_harm = answer["prompt_label"] == "harmful"
         compliance.append({**row, "answer": begun, "label": answer["label"], "asked_harm": asked_harm})
-        harms = asked_harm and answer["label"] == "complied"
-        response.append({**row, "answer": answer["answer"], "label": "harmful" if harms else "benign"})
         if not asked_harm and answer["label"] == "complied" and answer["id"].endswith("-greedy"):
             plain.append({**row, "answer": answer["answer"], "label": "benign"})
     chance.shuffle(harmful)
-    for i, prompt in enumerate(harmful[:420]):
+    for prompt in harmful[:420]:
         text = chance.choice(by_category.get(prompt["category"], []) + by_category["generic"][:6])
         row = {"id": prompt["id"] + "-refused", "text": prompt["text"], "group": prompt["group"]}
         begun = " ".join(text.split()[:10])
         compliance.append({**row, "answer": begun, "label": "refused", "asked_harm": True})
-        if i < 300:
-            response.append({**row, "answer": text, "label": "benign"})
 
     complied = [row for row in compliance if row["label"] == "complied"]
     refused = [row for row in compliance if row["label"] == "refused"]
@@ -218,21 +257,26 @@ def answer_rows(work, asked, answers):
     on_benign = [row for row in complied if not row["asked_harm"]][:180]
     compliance = on_harmful + on_benign + refused[:600]
     chance.shuffle(compliance)
-    harms = [row for row in response if row["label"] == "harmful"]
-    harmless = [row for row in response if row["label"] == "benign"]
-    chance.shuffle(harms)
-    chance.shuffle(harmless)
-    response = harms[:1_200] + harmless[:1_400]
-    chance.shuffle(response)
     write(work / "compliance_fit.jsonl", compliance)
-    write(work / "response_fit.jsonl", response)
-    write(work / "response_canaries.jsonl", response[:200])
 
     keep = ("id", "text", "label", "group", "category")
     write(work / "head_harmful.jsonl", [{key: row[key] for key in keep} for row in harmful[:320]])
     chance.shuffle(plain)
-    write(work / "head_benign.jsonl", plain[:120])
+    write(work / "head_benign.jsonl", plain[:300])
     begun_answers(work, harmful[:160], [row for row in compliance if row["label"] == "complied"])
+
+
+def response_rows(work, answers):
+    """Answers of which rules and probes agree whether they comply; harmful are those that comply with harm."""
+    rows = []
+    for answer in answers:
+        if answer["label"] in ("complied", "refused"):
+            harms = answer["prompt_label"] == "harmful" and answer["label"] == "complied"
+            rows.append({**{key: answer[key] for key in ("id", "text", "group", "answer")},
+                         "label": "harmful" if harms else "benign"})
+    random.Random(6).shuffle(rows)
+    write(work / "response_fit.jsonl", rows)
+    write(work / "response_canaries.jsonl", rows[:200])
 
 
 def begun_answers(work, prompts, complied):

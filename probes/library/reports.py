@@ -5,8 +5,8 @@
 
 FOLDER is the --work of a finished make.py: its prompts and states are read, and what is made on the
 way is left in it. The reports land in docs/reports/. No test file is read, with one exception:
---tests FOLDER puts the test sets into the reports of prompt_harm and of the policy default in place of
-the development sets, and logs each of those runs in docs/evaluations.md.
+--tests FOLDER puts the test sets into the reports of prompt_harm and of the policy default (two: one of
+everyday prompts) in place of the development sets, and logs each of those runs in docs/evaluations.md.
 All of it takes about half an hour on two cores.
 """
 
@@ -33,7 +33,9 @@ POLICY_TESTS = ["test_harmbench_vs_edgy", "test_xstest"]
 # Every fourth layer's end, and rows enough to rank them: all of both would be many times the states.
 SWEPT = ",".join(f"blocks.{layer}.hook_resid_post" for layer in range(2, 30, 4))
 SWEPT_ROWS = 4_000
-PARTS = ("sweep", "curve", "prompt_harm", "answers", "effects", "policy")
+TRAFFIC_TEST = "test_benign_traffic"
+TRAFFIC_DEV = "dev_benign_traffic dev_benign_traffic_more dev_benign_backend".split()
+PARTS = ("sweep", "curve", "prompt_harm", "answers", "effects", "policy", "traffic")
 
 
 def main():
@@ -94,10 +96,15 @@ def main():
             harm = row["prompt_label"] == "harmful" and row["label"] == "complied"
             complied.append({**kept, "label": row["label"]})
             harms.append({**kept, "label": "harmful" if harm else "benign"})
-        for name, rows in (("compliance", complied), ("response_harm", harms)):
-            data = out / f"dev_answers_{name}.jsonl"
+        for name, rows, fitted, reading in (
+            ("compliance", complied, "compliance_fit", ["--positions", "generated:3"]),
+            ("response_harm", harms, "response_fit", ["--positions", "every_generated", "--gather", "mean"]),
+        ):
+            data, fitted = out / f"dev_answers_{name}.jsonl", work / f"{fitted}.jsonl"
             write(data, rows)
-            report("probe", name, "--data", data)
+            inwit("probe", "sweep", "--data", fitted, "--dev", data, "--sites", SWEPT, *reading, "--out", out / f"sweep_{name}")
+            report("probe", name, "--data", data, "--train", fitted, "--seeds", 3,
+                   "--sweep-json", out / f"sweep_{name}/sweep.json")
 
     def effects():
         """The refusal head and the refusal vector, through the policies that use them."""
@@ -108,7 +115,12 @@ def main():
         sets = [tests / f"{name}.jsonl" for name in POLICY_TESTS] if tests else [out / "dev.jsonl"]
         report("policy", "default", "--data", *sets, "--seeds", 3, "--max-tokens", 48, *log, file="policy")
 
-    parts = dict(zip(PARTS, (sweep, curve, prompt_harm, answers, effects, policy)))
+    def traffic():
+        """What the default policy does to everyday prompts, all of them benign."""
+        sets = [tests / f"{TRAFFIC_TEST}.jsonl"] if tests else [DATA / f"{name}.jsonl" for name in TRAFFIC_DEV]
+        report("policy", "default", "--data", *sets, "--seeds", 0, "--max-tokens", 48, *log, file="policy_traffic")
+
+    parts = dict(zip(PARTS, (sweep, curve, prompt_harm, answers, effects, policy, traffic)))
     for part in arguments.parts:
         parts[part]()
 

@@ -58,8 +58,9 @@ pub(super) struct Args {
     /// A small run that shows that all works; its numbers mean nothing
     #[arg(long)]
     quick: bool,
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    /// Draws probes, vectors, prompts and orders [default: 0]
+    #[arg(long, value_name = "NUMBER")]
+    seed: Option<u64>,
     /// What the file says was measured [default: what git says of the working directory]
     #[arg(long, value_name = "COMMIT")]
     commit: Option<String>,
@@ -137,7 +138,8 @@ impl Args {
     /// Refuses what none of the parts asked for reads.
     fn check(&self) -> Result<()> {
         use Part::{Added, Grpc, LongPrompt, Prefix, Throughput};
-        let read_by: [(&str, bool, &[Part]); 6] = [
+        let read_by: [(&str, bool, &[Part]); 7] = [
+            ("--seed", self.seed.is_some(), &[Throughput, Grpc, Added]),
             (
                 "--streams",
                 self.streams.is_some(),
@@ -186,7 +188,7 @@ impl Args {
                 "each part runs as many rows as it has streams; leave it away",
             ),
         ])?;
-        if self.parts == [Added] {
+        if self.parts.iter().all(|part| *part == Added) {
             const UNREAD: &str =
                 "the part added keeps just the tokens that it steps over; leave it away";
             self.model
@@ -202,6 +204,7 @@ impl Args {
 
 async fn measure(args: &Args) -> Result<Report> {
     let sizes = args.sizes();
+    let seed = args.seed.unwrap_or_default();
     let base = args.model.load(Some("off"), Some("off"))?;
     let mut report = Report {
         machine: machine(),
@@ -211,7 +214,7 @@ async fn measure(args: &Args) -> Result<Report> {
             threads: base.threads.unwrap_or_else(cores),
             step_token_budget: base.step_token_budget,
             prefill_share: base.prefill_share,
-            seed: args.seed,
+            seed,
             sizes,
         },
         rows: Vec::new(),
@@ -225,7 +228,7 @@ async fn measure(args: &Args) -> Result<Report> {
     // Memory comes first: a peak remembers everything before it.
     if args.wants(Part::Memory) {
         let config = sized(&base, sizes.memory_streams, sizes.memory_tokens);
-        let bench = Bench::start(config, args.seed, &mut report).await?;
+        let bench = Bench::start(config, seed, &mut report).await?;
         report.memory = Some(bench.on(sizes).memory().await?);
         bench.stop().await?;
         note("memory: measured");
@@ -235,7 +238,7 @@ async fn measure(args: &Args) -> Result<Report> {
     }
     if args.wants(Part::Prefix) {
         let longest = sizes.prefix_tokens + BESIDE;
-        let bench = Bench::start(sized(&base, 1, longest), args.seed, &mut report).await?;
+        let bench = Bench::start(sized(&base, 1, longest), seed, &mut report).await?;
         if bench.has_room("prefix", longest) {
             report.prefix = Some(bench.on(sizes).prefix().await?);
         }
@@ -244,7 +247,7 @@ async fn measure(args: &Args) -> Result<Report> {
     if args.wants(Part::LongPrompt) {
         let longest = sizes.long_prompt_tokens + BESIDE;
         let config = sized(&base, sizes.long_prompt_streams + 1, longest);
-        let bench = Bench::start(config, args.seed, &mut report).await?;
+        let bench = Bench::start(config, seed, &mut report).await?;
         if bench.has_room("long-prompt", longest) {
             report.long_prompt = Some(bench.on(sizes).long_prompt().await?);
         }
@@ -253,9 +256,9 @@ async fn measure(args: &Args) -> Result<Report> {
     if args.wants(Part::Grpc) {
         let streams = args.most_streams();
         let longest = GRPC_PROMPT + sizes.answer_tokens;
-        let bench = Bench::start(sized(&base, streams, longest), args.seed, &mut report).await?;
+        let bench = Bench::start(sized(&base, streams, longest), seed, &mut report).await?;
         if bench.has_room("grpc", longest) {
-            report.grpc = Some(grpc(&bench.on(sizes), streams, args.seed).await?);
+            report.grpc = Some(grpc(&bench.on(sizes), streams, seed).await?);
             note("grpc: measured");
         }
         bench.stop().await?;
@@ -269,7 +272,7 @@ async fn measure(args: &Args) -> Result<Report> {
                 .unwrap_or(if args.quick { QUICK_PAIRS } else { PAIRS })
                 as usize,
             sizes,
-            seed: args.seed,
+            seed,
         };
         let measured = tokio::task::spawn_blocking(move || added(&config, &options));
         (report.added, report.settings.loaded) = measured
@@ -284,7 +287,7 @@ async fn measure(args: &Args) -> Result<Report> {
 async fn throughput(args: &Args, base: &Config, sizes: Sizes, report: &mut Report) -> Result<()> {
     let longest = (sizes.prompt_tokens + 1).max(sizes.context_tokens + sizes.answer_tokens);
     let config = sized(base, args.most_streams(), longest);
-    let bench = Bench::start(config, args.seed, report).await?;
+    let bench = Bench::start(config, args.seed.unwrap_or_default(), report).await?;
     let measured = bench.on(sizes);
     for monitor in Monitor::ALL {
         report.rows.push(measured.prefill(monitor).await?);
@@ -469,15 +472,17 @@ fn tables(report: &Report) -> String {
         ));
     }
     if let Some(long) = &report.long_prompt {
+        let during = match (long.during_p99_ms, long.during_over_before) {
+            (Some(p99), Some(over)) => format!("p99 between their tokens {p99:.1} ms ({over:.1}x)"),
+            _ => "none of them wrote a token meanwhile".to_owned(),
+        };
         text.push_str(&format!(
-            "\na prompt of {} tokens among {} streams, {} to its end: p99 between their tokens {:.1} ms, before it \
-             {:.1} ms at the median ({:.1}x); its first token after {:.0} ms, alone {:.0} ms ({:.2}x)\n",
+            "\na prompt of {} tokens among {} streams, {} to its end: {during}, before it {:.1} ms \
+             at the median; its first token after {:.0} ms, alone {:.0} ms ({:.2}x)\n",
             long.tokens,
             long.streams,
             long.streams_to_the_end,
-            long.during_p99_ms,
             long.before_p50_ms,
-            long.during_over_before,
             long.among_ms,
             long.alone_ms,
             long.among_over_alone,

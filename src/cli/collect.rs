@@ -25,8 +25,8 @@ pub(super) struct Args {
     /// Where to read, e.g. blocks.16.hook_resid_post; may be given several times
     #[arg(long = "site", value_name = "SITE", required = true)]
     sites: Vec<Site>,
-    /// last, prompt_content, generated:K or every_generated; may be given several times; the last
-    /// two need `answer` in the data
+    /// last, prompt_content, generated:K, generated:1..K or every_generated; may be given several
+    /// times; all but the first two need `answer` in the data
     #[arg(long = "positions", value_name = "POSITIONS", value_parser = positions, required = true)]
     positions: Vec<Positions>,
     /// The folder to write, or to go on with

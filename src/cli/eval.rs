@@ -133,7 +133,8 @@ struct Files {
 }
 
 impl Outputs {
-    fn open(&self, data: &[&Path]) -> Result<Opened> {
+    /// `read`: what else the command reads, so nothing is written there.
+    fn open(&self, data: &[&Path], read: &[&Path]) -> Result<Opened> {
         // Mistakes in the data are told whether or not anything is written.
         for path in data {
             rows::read(path)?;
@@ -143,9 +144,9 @@ impl Outputs {
             ("--report", self.report.as_deref()),
             ("--log", self.log.as_deref()),
         ])?;
-        if let Some(log) = &self.log {
-            data.iter()
-                .try_for_each(|data| refuse_same_file(log, data))?;
+        for out in [&self.json, &self.report, &self.log].into_iter().flatten() {
+            let mut read = data.iter().chain(read);
+            read.try_for_each(|read| refuse_same_file(out, read))?;
         }
         let writable = |out: &Option<PathBuf>| {
             let out = out.as_deref();
@@ -175,7 +176,9 @@ async fn probe(args: ProbeArgs) -> Result<Exit> {
         .chain(&args.train)
         .map(PathBuf::as_path)
         .collect();
-    let opened = args.outputs.open(&data)?;
+    let read = [Some(Path::new(&args.probe)), args.sweep_json.as_deref()];
+    let read: Vec<&Path> = read.into_iter().flatten().collect();
+    let opened = args.outputs.open(&data, &read)?;
     let sweep = args.sweep_json.as_deref().map(layers::read).transpose()?;
     let mut bench = args.model.bench(Some("off"), Some("off")).await?;
     if let (Some(sweep), Some(path)) = (&sweep, &args.sweep_json) {
@@ -204,7 +207,7 @@ async fn probe(args: ProbeArgs) -> Result<Exit> {
 
 async fn policy(args: PolicyArgs) -> Result<Exit> {
     let data: Vec<&Path> = args.data.iter().map(PathBuf::as_path).collect();
-    let opened = args.outputs.open(&data)?;
+    let opened = args.outputs.open(&data, &[Path::new(&args.policy)])?;
     let bench = args.model.bench(Some("enforce"), Some(&args.policy));
     let bench = Arc::new(bench.await?);
     let judges = args.judges.open(&args.model, Some(&bench)).await?;
@@ -287,8 +290,10 @@ mod tests {
     #[test]
     fn no_output_goes_into_the_data_or_into_another_output() {
         let folder = tempfile::tempdir().expect("a folder");
-        let [data, out] = ["a.jsonl", "out"].map(|name| folder.path().join(name));
+        let [data, probe, out] =
+            ["a.jsonl", "p.safetensors", "out"].map(|name| folder.path().join(name));
         std::fs::write(&data, "{\"text\": \"Hi\"}\n").expect("written");
+        std::fs::write(&probe, "a probe").expect("written");
         let refusal = |json: Option<&PathBuf>, log: Option<&PathBuf>| {
             let outputs = Outputs {
                 json: json.cloned(),
@@ -296,12 +301,17 @@ mod tests {
                 log: log.cloned(),
                 commit: None,
             };
-            outputs.open(&[&data]).err().map(|error| error.to_string())
+            let opened = outputs.open(&[&data], &[&probe]);
+            opened.err().map(|error| error.to_string())
         };
         assert_eq!(refusal(Some(&out), None), None);
-        for (json, log) in [(Some(&data), None), (None, Some(&data))] {
-            assert!(refusal(json, log).is_some_and(|told| told.contains("the data itself")));
+        for read in [&data, &probe] {
+            for (json, log) in [(Some(read), None), (None, Some(read))] {
+                assert!(refusal(json, log).is_some_and(|told| told.contains("is read here")));
+            }
         }
+        std::fs::write(&out, "no table").expect("written");
+        assert!(refusal(None, Some(&out)).is_some_and(|told| told.contains("is no log")));
         assert!(
             refusal(Some(&out), Some(&out)).is_some_and(|told| told.contains("--json and --log"))
         );

@@ -136,7 +136,8 @@ async fn measure_quality(args: QualityArgs) -> Result<Exit> {
     ];
     args.model.refuse(&unread.map(|name| (name, UNREAD)))?;
     let text = read_text(&args.text, MOST_TEXT, "a text to measure on")?;
-    let mut file = args.json.as_deref().map(WholeFile::create).transpose()?;
+    let open = |json| paths::open(json, &[&args.text]);
+    let mut file = args.json.as_deref().map(open).transpose()?;
     let config = args.model.load(Some("off"), Some("off"))?;
     let work = move || {
         let mut progress = Progress::new("tokens");
@@ -222,7 +223,8 @@ async fn refusal_head(args: HeadArgs) -> Result<Exit> {
     }
     if made.refusals.is_none() {
         note(
-            "how well it refuses was not measured: every tenth prompt of --harmful is kept for that",
+            "how well it refuses was not measured: every tenth group of --harmful and every tenth \
+             refusal are kept for that",
         );
     }
     if made.benign.is_none() {

@@ -13,7 +13,8 @@ use super::terminal::{note, print};
 use crate::error::{Error, Result};
 use crate::lab::load::{
     Caller, Calls, Clock, End, Ended, Goodput, Latencies, LoadOptions, LoadReport, LoadSettings,
-    MOST_CALLS, Planned, PlannedWork, Slo, codes, elapsed, run as run_plan, tokens_per_second,
+    MOST_CALLS, MOST_WORDS, Planned, PlannedWork, Slo, codes, elapsed, run as run_plan,
+    tokens_per_second,
 };
 use crate::lab::machine::{commit, machine};
 use crate::lab::output::WholeFile;
@@ -55,6 +56,9 @@ pub(super) struct Args {
     /// Share of calls that score a prompt instead of asking for an answer, 0 to 1
     #[arg(long, default_value = "0", value_name = "SHARE", value_parser = share)]
     score: f64,
+    /// A call that takes longer has failed, with DEADLINE_EXCEEDED
+    #[arg(long, default_value = "120", value_name = "SECONDS", value_parser = seconds)]
+    deadline: Duration,
     /// Send prompts as they are, without the model's chat template
     #[arg(long)]
     raw: bool,
@@ -117,11 +121,15 @@ pub(super) async fn run(args: Args) -> Result<Exit> {
         .await
         .map_err(|error| Error::Unavailable(error.to_string()))?
         .without_template(args.raw);
+    let caller = Patient {
+        client,
+        deadline: args.deadline,
+    };
 
     let plan = args.options().plan();
     let mut progress = Progress::new("calls");
     let tick = |done, total| progress.tick(done, total);
-    let ended = run_plan(plan, Arc::new(client), tick).await?;
+    let ended = run_plan(plan, Arc::new(caller), tick).await?;
     drop(progress);
 
     let latencies = Latencies::of(&ended);
@@ -163,6 +171,14 @@ impl Args {
                 "--rate and --duration: together {calls:.0} calls; {MOST_CALLS} at most, so take less of one"
             )));
         }
+        let longest = self.prompt_words.iter().copied().max().unwrap_or(0);
+        let words = calls * f64::from(longest);
+        if words > MOST_WORDS {
+            return Err(Error::Config(format!(
+                "--prompt-words: {calls:.0} calls of {longest} words at most would be {words:.0} words; \
+                 {MOST_WORDS} at most, so take fewer calls or shorter prompts"
+            )));
+        }
         paths::each_once(&[
             ("--json", self.json.as_deref()),
             ("--plot", self.plot.as_deref()),
@@ -199,6 +215,7 @@ impl Args {
                 answer_tokens: self.answer_tokens.clone(),
                 cancel: self.cancel,
                 score: self.score,
+                deadline_seconds: self.deadline.as_secs_f64(),
                 raw: self.raw,
                 mode: self.mode.map(|mode| mode.to_string()),
                 policy: self.policy.clone(),
@@ -213,30 +230,41 @@ impl Args {
     }
 }
 
-impl Caller for LoadClient {
+/// Calls that each end within a time, whatever the server does.
+struct Patient {
+    client: LoadClient,
+    deadline: Duration,
+}
+
+impl Caller for Patient {
     async fn call(&self, planned: &Planned, clock: Clock) -> (Vec<(Duration, u32)>, End) {
         let mut deliveries = Vec::new();
-        let end = match planned.work {
-            PlannedWork::Score => self.score(&planned.prompt).await.map(|()| End::Scored),
-            PlannedWork::Answer {
-                max_tokens,
-                hang_up_after,
-            } => {
-                read(
-                    self,
-                    &planned.prompt,
+        let call = async {
+            match planned.work {
+                PlannedWork::Score => {
+                    let scored = self.client.score(&planned.prompt).await;
+                    scored.map(|()| End::Scored)
+                }
+                PlannedWork::Answer {
                     max_tokens,
                     hang_up_after,
-                    clock,
-                    &mut deliveries,
-                )
-                .await
+                } => {
+                    read(
+                        &self.client,
+                        &planned.prompt,
+                        max_tokens,
+                        hang_up_after,
+                        clock,
+                        &mut deliveries,
+                    )
+                    .await
+                }
             }
         };
-        (
-            deliveries,
-            end.unwrap_or_else(|code| End::Failed(code.to_owned())),
-        )
+        let end = tokio::time::timeout(self.deadline, call).await;
+        let end = end.unwrap_or(Err("DEADLINE_EXCEEDED"));
+        let end = end.unwrap_or_else(|code| End::Failed(code.to_owned()));
+        (deliveries, end)
     }
 }
 
@@ -291,10 +319,22 @@ fn tables(report: &LoadReport) -> String {
         table.add_row(cells);
     }
     let goodput = &report.goodput;
+    let good = match goodput.share {
+        None => "no answer was to be read to its end".to_owned(),
+        Some(share) => format!(
+            "{} of {} answers within {} ms to the first token and {} ms per token ({:.1} %, {:.2} \
+             per second)",
+            goodput.good,
+            goodput.asked,
+            goodput.slo.first_token_ms,
+            goodput.slo.per_token_ms,
+            share * 100.0,
+            goodput.good_per_second,
+        ),
+    };
     format!(
         "{}\n{} calls in {:.1} s: {} answered, {} scored, {} hung up on, {} rejected, {} failed ({})\n\
-         \n{table}\n\n{:.1} tokens/s; {} of {} answers within {} ms to the first token and {} ms per \
-         token ({:.1} %, {:.2} per second)",
+         \n{table}\n\n{:.1} tokens/s; {good}",
         report.machine,
         calls.made,
         report.elapsed_seconds,
@@ -305,12 +345,6 @@ fn tables(report: &LoadReport) -> String {
         calls.failed,
         codes.join(", "),
         report.tokens_per_second,
-        goodput.good,
-        goodput.asked,
-        goodput.slo.first_token_ms,
-        goodput.slo.per_token_ms,
-        goodput.share * 100.0,
-        goodput.good_per_second,
     )
 }
 
@@ -335,6 +369,15 @@ mod tests {
         assert!(checked(&["--rate", "100", "--duration", "10000"]).is_ok());
         let told = checked(&["--rate", "10000", "--duration", "86400"]);
         assert!(told.is_err_and(|error| error.to_string().contains("--rate and --duration")));
+        let told = checked(&[
+            "--rate",
+            "100",
+            "--duration",
+            "9000",
+            "--prompt-words",
+            "65535",
+        ]);
+        assert!(told.is_err_and(|error| error.to_string().contains("--prompt-words")));
         assert!(checked(&["--json", "a", "--plot", "b"]).is_ok());
         let told = checked(&["--json", "a", "--plot", "a"]);
         assert!(told.is_err_and(|error| error.to_string().contains("--json and --plot")));

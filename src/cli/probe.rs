@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 use comfy_table::{Table, presets};
-use inwit_probes::{Gather, Kind, Manifest, OperatingPoint, Positions, Probe, Site};
+use inwit_probes::manifest::{ModelIdentity, Record};
+use inwit_probes::{
+    Gather, Kind, Manifest, OperatingPoint, Positions, Probe, RefusalHead, Site, SteeringVector,
+};
 
 use super::curve::CurveArgs;
 use super::open::{ModelArgs, ticking};
@@ -32,7 +35,7 @@ pub(super) enum Command {
     Threshold(Box<ThresholdArgs>),
     /// Print what a probe file says about itself
     Show {
-        /// A probe's .safetensors file
+        /// The .safetensors file of a probe, a refusal head or a steering vector
         file: PathBuf,
     },
 }
@@ -52,7 +55,7 @@ pub(super) struct FitArgs {
     positions: Positions,
     /// How token logits become the request's: last, max, mean, ema{0.2}, k_of_n{2,8},
     /// cumulative_log_odds, attention; may be given several times, each is calibrated and the first
-    /// shapes the fit [default: last, or attention]
+    /// shapes the fit [default: last; mean for generated:1..K; or attention]
     #[arg(long = "gather", value_name = "GATHER")]
     gathers: Vec<Gather>,
     /// How logits become probabilities, on the rows that are held out
@@ -91,7 +94,7 @@ pub(super) fn run(command: Command) -> Result<Exit> {
 }
 
 async fn run_fit(args: FitArgs) -> Result<Exit> {
-    let (recipe, gathers) = args.recipe.recipe(args.gathers);
+    let (recipe, gathers) = args.recipe.recipe(args.gathers, args.positions);
     let data = [
         Some(&args.data),
         args.calibration_data.as_ref(),
@@ -128,9 +131,34 @@ async fn run_fit(args: FitArgs) -> Result<Exit> {
 }
 
 fn show(file: &Path) -> Result<Exit> {
-    let probe = Probe::load(file).map_err(unfit)?;
-    print(&described(probe.manifest()))?;
-    print(&format!("content hash  {}\n", probe.content_hash()))?;
+    let (text, hash) = if let Ok(head) = RefusalHead::load(file) {
+        let manifest = head.manifest();
+        let facts = [
+            ("rank", manifest.rank.to_string()),
+            ("vocabulary", manifest.vocab.to_string()),
+        ];
+        let named = ("refusal head", manifest.name.as_str());
+        let text = record_told(named, &facts, &manifest.model, &manifest.record);
+        (text, head.content_hash().to_owned())
+    } else if let Ok(vector) = SteeringVector::load(file) {
+        let manifest = vector.manifest();
+        let norms = manifest.norms;
+        let facts = [
+            ("site", manifest.site.to_string()),
+            (
+                "states there",
+                format!("{:.2} long on average, of {} rows", norms.mean, norms.rows),
+            ),
+        ];
+        let named = ("vector", manifest.name.as_str());
+        let text = record_told(named, &facts, &manifest.model, &manifest.record);
+        (text, vector.content_hash().to_owned())
+    } else {
+        let probe = Probe::load(file).map_err(unfit)?;
+        (described(probe.manifest()), probe.content_hash().to_owned())
+    };
+    print(&text)?;
+    print(&format!("content hash  {hash}\n"))?;
     Ok(Exit::Done)
 }
 
@@ -203,51 +231,66 @@ pub(super) fn positions(text: &str) -> std::result::Result<Positions, String> {
 
 /// The manifest as tables.
 fn described(manifest: &Manifest) -> String {
-    let mut facts = table(&["probe", &manifest.name]);
+    let listed = |items: Vec<String>| items.join(", ");
+    let sites = manifest.heads.iter().map(|head| head.site.to_string());
+    let mut facts = vec![
+        ("kind", name_of(manifest.kind).to_owned()),
+        ("sites", listed(sites.collect())),
+        ("reads", manifest.positions.to_string()),
+        (
+            "gathers",
+            listed(manifest.gathers.iter().map(Gather::to_string).collect()),
+        ),
+        ("canaries", manifest.canaries.len().to_string()),
+    ];
+    if manifest.kind == Kind::Attention {
+        let heads = manifest.attention_heads().to_string();
+        facts.insert(1, ("attention heads", heads));
+    }
+    let points = manifest.calibrations.iter().flat_map(|calibration| {
+        let points = calibration.thresholds.iter();
+        points.map(|point| (calibration.gather, point))
+    });
+    let thresholds = threshold_table(points);
+    let named = ("probe", manifest.name.as_str());
+    let mut text = record_told(named, &facts, &manifest.model, &manifest.record);
+    if !thresholds.is_empty() {
+        text += &format!("\n{}\n", thresholds.trim_fmt());
+    }
+    text
+}
+
+/// What every artefact tells: what it is, for which model, from which data, and how well it did.
+fn record_told(
+    (what, name): (&str, &str),
+    facts_of_kind: &[(&str, String)],
+    model: &ModelIdentity,
+    record: &Record,
+) -> String {
+    let mut facts = table(&[what, name]);
     let mut fact = |name: &str, value: String| {
         facts.add_row([name, &value]);
     };
-    let listed = |items: Vec<String>| items.join(", ");
-    fact("kind", name_of(manifest.kind).to_owned());
-    if manifest.kind == Kind::Attention {
-        fact("attention heads", manifest.attention_heads().to_string());
+    for (name, value) in facts_of_kind {
+        fact(name, value.clone());
     }
-    fact(
-        "sites",
-        listed(
-            manifest
-                .heads
-                .iter()
-                .map(|head| head.site.to_string())
-                .collect(),
-        ),
-    );
-    fact("reads", manifest.positions.to_string());
-    fact(
-        "gathers",
-        listed(manifest.gathers.iter().map(Gather::to_string).collect()),
-    );
-    fact(
-        "model",
-        format!("{} ({})", manifest.model.name, manifest.model.weight_format),
-    );
-    fact("architecture id", manifest.model.architecture_id.clone());
-    fact("weights id", manifest.model.weights_id.clone());
-    fact("canaries", manifest.canaries.len().to_string());
-    for data in &manifest.record.data {
+    fact("model", format!("{} ({})", model.name, model.weight_format));
+    fact("architecture id", model.architecture_id.clone());
+    fact("weights id", model.weights_id.clone());
+    for data in &record.data {
         fact(
             "data",
             format!("{}, {} rows, sha256 {}", data.name, data.rows, data.sha256),
         );
     }
-    fact("seed", manifest.record.seed.to_string());
-    fact("command", manifest.record.command.clone());
-    if !manifest.record.note.is_empty() {
-        fact("note", manifest.record.note.clone());
+    fact("seed", record.seed.to_string());
+    fact("command", record.command.clone());
+    if !record.note.is_empty() {
+        fact("note", record.note.clone());
     }
 
     let mut metrics = table(&["measure", "value", "95 % interval"]);
-    for (name, metric) in &manifest.record.metrics {
+    for (name, metric) in &record.metrics {
         let interval = metric
             .interval
             .map(|[low, high]| format!("{low:.4} to {high:.4}"));
@@ -259,12 +302,7 @@ fn described(manifest: &Manifest) -> String {
         metrics.add_row([name, &value, &interval.unwrap_or_default()]);
     }
 
-    let points = manifest.calibrations.iter().flat_map(|calibration| {
-        let points = calibration.thresholds.iter();
-        points.map(|point| (calibration.gather, point))
-    });
-    let thresholds = threshold_table(points);
-    let tables = [facts, metrics, thresholds].into_iter();
+    let tables = [facts, metrics].into_iter();
     let filled = tables.filter(|table| !table.is_empty());
     let texts: Vec<String> = filled.map(|table| table.trim_fmt()).collect();
     format!("{}\n", texts.join("\n\n"))

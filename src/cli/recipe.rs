@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 use inwit_probes::fit::ClassWeight;
-use inwit_probes::{Gather, Kind};
+use inwit_probes::{Gather, Kind, Positions};
 
 use crate::lab::learn::{HELD_OUT, Recipe};
 
@@ -18,10 +18,10 @@ pub(super) struct RecipeArgs {
     pub class_weight: ClassWeight,
     /// Strength of the L2 penalty, for logistic and attention; given several times, cross-validation
     /// by group chooses (logistic)
-    #[arg(long = "alpha", value_name = "ALPHA")]
+    #[arg(long = "alpha", value_name = "ALPHA", allow_negative_numbers = true)]
     pub alphas: Vec<f64>,
     /// How far lda's covariance is shrunk towards its mean variance [default: 0.1]
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub shrinkage: Option<f64>,
     /// Units between the layers of two_layer [default: 64]
     #[arg(long, value_name = "UNITS")]
@@ -33,7 +33,7 @@ pub(super) struct RecipeArgs {
     #[arg(long, value_name = "STEPS")]
     pub warm_up: Option<usize>,
     /// Share of a request's tokens that a step of attention does not see [default: 0.3]
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub token_dropout: Option<f64>,
     /// Times that two_layer and attention see every row [default: 20 and 6]
     #[arg(long)]
@@ -42,13 +42,13 @@ pub(super) struct RecipeArgs {
     #[arg(long, value_name = "ROWS")]
     pub batch: Option<usize>,
     /// Of AdamW [default: 0.0001 for two_layer, 0.001 for attention]
-    #[arg(long, value_name = "RATE")]
+    #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub learning_rate: Option<f64>,
     /// Of AdamW [default: 0.01 for two_layer, 1 for attention]
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub weight_decay: Option<f64>,
     /// Share of the groups that no fit sees, for calibrating and measuring
-    #[arg(long, value_name = "SHARE", default_value_t = HELD_OUT)]
+    #[arg(long, value_name = "SHARE", default_value_t = HELD_OUT, allow_negative_numbers = true)]
     pub held_out: f64,
     /// Of the split, the draws and the fit
     #[arg(long, default_value_t = 0)]
@@ -70,8 +70,13 @@ pub(super) enum KindArg {
 }
 
 impl RecipeArgs {
-    /// The recipe, and the gathers with the one that shapes it first: unset, what the kind asks for.
-    pub(super) fn recipe(&self, gathers: Vec<Gather>) -> (Recipe, Vec<Gather>) {
+    /// The recipe, and the gathers with the one that shapes it first: unset, what the kind and the
+    /// positions ask for.
+    pub(super) fn recipe(
+        &self,
+        gathers: Vec<Gather>,
+        positions: Positions,
+    ) -> (Recipe, Vec<Gather>) {
         let kind = match self.kind {
             KindArg::Logistic => Kind::Logistic,
             KindArg::DifferenceOfMeans => Kind::DifferenceOfMeans,
@@ -79,8 +84,9 @@ impl RecipeArgs {
             KindArg::TwoLayer => Kind::TwoLayer,
             KindArg::Attention => Kind::Attention,
         };
-        let own = match kind {
-            Kind::Attention => Gather::Attention,
+        let own = match (kind, positions) {
+            (Kind::Attention, _) => Gather::Attention,
+            (_, Positions::FirstGenerated(_)) => Gather::Mean,
             _ => Gather::Last,
         };
         let gather = gathers.first().copied().unwrap_or(own);

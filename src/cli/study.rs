@@ -21,11 +21,12 @@ pub(super) struct StudyArgs {
     /// Labelled files to measure every fit on and that no fit reads; several may be given
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub dev: Vec<PathBuf>,
-    /// last, prompt_content, generated:K or every_generated; the last two need `answer` in the data
+    /// last, prompt_content, generated:K, generated:1..K or every_generated; all but the first two
+    /// need `answer` in the data
     #[arg(long, value_parser = positions, default_value = "last")]
     pub positions: Positions,
     /// How token logits become the request's: last, max, mean, ema{0.2}, k_of_n{2,8},
-    /// cumulative_log_odds or attention [default: last, or attention]
+    /// cumulative_log_odds or attention [default: last; mean for generated:1..K; or attention]
     #[arg(long, value_name = "GATHER")]
     gather: Option<Gather>,
     /// Folder for the numbers as JSON and the plot as SVG, named like the command; it is made if
@@ -65,7 +66,8 @@ impl StudyArgs {
     }
 
     pub(super) fn recipe(&self) -> Recipe {
-        let (recipe, _) = self.recipe.recipe(self.gather.into_iter().collect());
+        let gathers = self.gather.into_iter().collect();
+        let (recipe, _) = self.recipe.recipe(gathers, self.positions);
         recipe
     }
 }

@@ -146,8 +146,8 @@ pub struct LongPrompt {
     /// Median between two tokens of a stream before it arrives.
     pub before_p50_ms: f64,
     /// Between two tokens of a stream while it is in prefill.
-    pub during_p99_ms: f64,
-    pub during_over_before: f64,
+    pub during_p99_ms: Option<f64>,
+    pub during_over_before: Option<f64>,
     /// Its time to first token, with nobody else there and among the streams.
     pub alone_ms: f64,
     pub among_ms: f64,
@@ -336,7 +336,8 @@ impl Benchmark<'_> {
             }
         }
         during.sort_unstable_by(f64::total_cmp);
-        let (before_p50_ms, during_p99_ms) = (median(&mut before), percentile(&during, 99.0));
+        let before_p50_ms = median(&mut before);
+        let during_p99_ms = (!during.is_empty()).then(|| percentile(&during, 99.0));
         let (alone_ms, among_ms) = (milliseconds(first(&alone)?), milliseconds(first(&among)?));
         Ok(LongPrompt {
             tokens,
@@ -344,7 +345,7 @@ impl Benchmark<'_> {
             streams_to_the_end,
             before_p50_ms,
             during_p99_ms,
-            during_over_before: during_p99_ms / before_p50_ms,
+            during_over_before: during_p99_ms.map(|during| during / before_p50_ms),
             alone_ms,
             among_ms,
             among_over_alone: among_ms / alone_ms,

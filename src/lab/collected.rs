@@ -524,15 +524,15 @@ impl<'a> CollectedRow<'a> {
 
 /// Whether states at `has` include all that are read at `wanted`.
 fn covers(has: Positions, wanted: Positions) -> bool {
-    has == wanted
-        || matches!(
-            (has, wanted),
-            (Positions::PromptContent, Positions::LastPromptToken)
-                | (
-                    Positions::EveryGenerated,
-                    Positions::Generated(_) | Positions::FirstGenerated(_)
-                )
-        )
+    use Positions::{EveryGenerated, FirstGenerated, Generated, LastPromptToken, PromptContent};
+    match (has, wanted) {
+        _ if has == wanted => true,
+        (PromptContent, LastPromptToken) | (EveryGenerated, Generated(_) | FirstGenerated(_)) => {
+            true
+        }
+        (FirstGenerated(first), Generated(k) | FirstGenerated(k)) => k <= first,
+        _ => false,
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -69,8 +69,7 @@ pub async fn curve(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<C
     bench.check_sites(&options.sites)?;
     let shares = checked(&options.shares)?;
     let train = Labelled::read(&options.train, options.positions)?;
-    let read = |path: &PathBuf| Labelled::read(path, options.positions);
-    let dev: Vec<Labelled> = options.dev.iter().map(read).collect::<Result<_>>()?;
+    let dev = train.read_dev(&options.dev, options.positions)?;
 
     let reading = (recipe, options.positions);
     let mut pass = Pass::read(bench, reading, &options.sites, (&train, &dev), tick).await?;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use inwit_probes::manifest::{Positions, SystemPromptRule, TrainedOn};
 use inwit_probes::{Site, manifest::DataRecord};
@@ -76,6 +76,8 @@ pub struct Labelled {
     pub rows: Vec<Row>,
     /// One per row: harmful, complied, or incoherent.
     pub positives: Vec<bool>,
+    /// What the labels are about; unset for benign rows that set thresholds.
+    pub labels: Option<Labels>,
     pub record: DataRecord,
 }
 
@@ -86,8 +88,34 @@ impl Labelled {
     pub fn read(path: &Path, positions: Positions) -> Result<Self> {
         let file = path.display().to_string();
         let rows = rows::read(path)?;
-        let positives = labels(&file, &rows)?;
-        Self::checked(path, rows, positives, positions)
+        let (kind, positives) = labels(&file, &rows)?;
+        let read = Self::checked(path, rows, positives, positions)?;
+        Ok(Self {
+            labels: kind,
+            ..read
+        })
+    }
+
+    /// Reads files on which what is fitted on these rows is measured. They must be others than
+    /// these and each other, with labels about the same.
+    pub fn read_dev(&self, files: &[PathBuf], positions: Positions) -> Result<Vec<Self>> {
+        let mut dev: Vec<Self> = Vec::with_capacity(files.len());
+        for path in files {
+            let rows = Self::read(path, positions)?;
+            let same = |other: &Self| other.record.sha256 == rows.record.sha256;
+            let message = if same(self) {
+                "is the very file that is fitted on, so it measures nothing"
+            } else if dev.iter().any(same) {
+                "is given twice"
+            } else if rows.labels != self.labels {
+                "has labels of another kind than the file that is fitted on"
+            } else {
+                dev.push(rows);
+                continue;
+            };
+            return Err(Error::file(&rows.file, message));
+        }
+        Ok(dev)
     }
 
     /// Reads a file of benign rows: what sets a threshold. They may go without a label; one that is
@@ -126,6 +154,7 @@ impl Labelled {
             file,
             rows,
             positives,
+            labels: None,
             record,
         })
     }
@@ -329,7 +358,22 @@ fn tokens(request: &Request) -> Vec<u32> {
     [&request.prompt.tokens, answer(request)].concat()
 }
 
-fn labels(file: &str, rows: &[Row]) -> Result<Vec<bool>> {
+/// Refuses rows labelled harmful in a file of benign ones, and the other way round.
+pub(super) fn check_harm(file: &Path, rows: &[Row], harmful: bool) -> Result<()> {
+    let other = match harmful {
+        true => Labels::Prompts.negative(),
+        false => Labels::Prompts.positive(),
+    };
+    match rows.iter().find(|row| row.label.as_deref() == Some(other)) {
+        None => Ok(()),
+        Some(row) => {
+            let message = format!("the label {other} belongs into the other of the two files");
+            Err(at(&file.display().to_string(), row.line, message))
+        }
+    }
+}
+
+fn labels(file: &str, rows: &[Row]) -> Result<(Option<Labels>, Vec<bool>)> {
     let mut first = None;
     let mut label = |row: &Row| {
         let Some((kind, positive)) = row.label.as_deref().and_then(Labels::of) else {
@@ -351,7 +395,8 @@ fn labels(file: &str, rows: &[Row]) -> Result<Vec<bool>> {
         }
         Ok(positive)
     };
-    rows.iter().map(&mut label).collect()
+    let positives = rows.iter().map(&mut label).collect::<Result<_>>()?;
+    Ok((first, positives))
 }
 
 fn trained_on(form: &PromptForm) -> Result<TrainedOn, &'static str> {
@@ -435,7 +480,11 @@ mod tests {
     fn labels_are_of_one_kind() {
         let good =
             rows("{\"text\":\"a\",\"label\":\"complied\"}\n{\"text\":\"b\",\"label\":\"refused\"}");
-        assert_eq!(labels("f", &good).expect("labels"), [true, false]);
+        let (kind, positives) = labels("f", &good).expect("labels");
+        assert_eq!(
+            (kind, positives),
+            (Some(Labels::Answers), vec![true, false])
+        );
         let mixed =
             rows("{\"text\":\"a\",\"label\":\"complied\"}\n{\"text\":\"b\",\"label\":\"benign\"}");
         let error = labels("f", &mixed).expect_err("is rejected").to_string();

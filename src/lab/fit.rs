@@ -68,6 +68,8 @@ pub async fn fit(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Fit
     let benign = |path: &PathBuf| Labelled::read_benign(path, options.positions);
     // Before the work, so that a row that is not benign is told at once.
     let calibration = options.calibration.as_ref().map(benign).transpose()?;
+    let labelled = |path: &PathBuf| Labelled::read(path, options.positions);
+    let canaries = options.canaries.as_ref().map(labelled).transpose()?;
     let (examples, forms) = collect(bench, &train, options, &mut *tick).await?;
     let trained_on = train.form(&forms)?;
     let (rest, held_out) = split(examples, options.recipe.seed, options.recipe.held_out);
@@ -76,10 +78,9 @@ pub async fn fit(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Fit
     let (learnt, rest) = work.learn(rest).await?;
     let probe = work.probe(learnt, identity(bench), trained_on, &train.record)?;
     let scored = Scored::all(&probe, &work.readings(&held_out))?;
-    let canaries = match &options.canaries {
+    let canaries = match canaries {
         None => work.canaries(&probe, &held_out)?,
-        Some(path) => {
-            let rows = Labelled::read(path, options.positions)?;
+        Some(rows) => {
             let (examples, _) = collect(bench, &rows, options, &mut *tick).await?;
             work.canaries(&probe, &examples)?
         }

@@ -8,6 +8,8 @@ use inwit_probes::fit::{
     AttentionData, AttentionParams, ClassWeight, FitData, LogisticParams, TokenStates,
     fit_attention, fit_difference_of_means, fit_lda, fit_logistic,
 };
+use inwit_probes::gather::MAX_ATTENTION_HEADS;
+use inwit_probes::manifest::MAX_HEAD_OUTPUTS;
 use inwit_probes::{Gather, Head, InputNorm, Kind, NormKind, Positions, Site, TwoLayer};
 use ndarray::Array2;
 
@@ -141,11 +143,60 @@ impl Recipe {
                 "must lie strictly between 0 and 1",
             ));
         }
+        self.check_values()?;
         if self.kind == Kind::Attention && self.alphas.len() > 1 {
             let message = "takes one value for attention; only logistic chooses among several";
             return Err(Error::invalid("alpha", message));
         }
         Ok(())
+    }
+
+    /// What the fits would refuse, told before the states are read.
+    fn check_values(&self) -> Result<()> {
+        let share = |name: &str, value: Option<f64>| {
+            let within = value.is_none_or(|value| (0.0..1.0).contains(&value));
+            within
+                .then_some(())
+                .ok_or_else(|| Error::invalid(name, "must be at least 0 and below 1"))
+        };
+        let above_0 = |name: &str, value: Option<usize>| match value {
+            Some(0) => Err(Error::invalid(name, "must be above 0")),
+            _ => Ok(()),
+        };
+        let finite = |value: f64| value.is_finite() && value >= 0.0;
+        if !self.alphas.iter().copied().all(finite) {
+            return Err(Error::invalid("alpha", "must be a number from 0 on"));
+        }
+        if self
+            .shrinkage
+            .is_some_and(|value| !(value > 0.0 && value <= 1.0))
+        {
+            return Err(Error::invalid("shrinkage", "must lie in (0, 1]"));
+        }
+        if self
+            .learning_rate
+            .is_some_and(|rate| !(finite(rate) && rate > 0.0))
+        {
+            return Err(Error::invalid("learning_rate", "must be above 0"));
+        }
+        if self.weight_decay.is_some_and(|decay| !finite(decay)) {
+            return Err(Error::invalid("weight_decay", "must not be below 0"));
+        }
+        let heads = self.attention_heads;
+        if heads.is_some_and(|heads| !(1..=MAX_ATTENTION_HEADS).contains(&heads)) {
+            let message = format!("must be 1 to {MAX_ATTENTION_HEADS}");
+            return Err(Error::invalid("attention_heads", message));
+        }
+        if self
+            .hidden
+            .is_some_and(|units| !(1..=MAX_HEAD_OUTPUTS).contains(&units))
+        {
+            let message = format!("must be 1 to {MAX_HEAD_OUTPUTS}");
+            return Err(Error::invalid("hidden", message));
+        }
+        share("token_dropout", self.token_dropout)?;
+        above_0("epochs", self.epochs)?;
+        above_0("batch", self.batch)
     }
 
     /// Refuses gathers that the kind or the positions do not have.
@@ -156,6 +207,10 @@ impl Recipe {
                 "gather",
                 "attention goes with --kind attention, and alone",
             ));
+        }
+        if let Some(twice) = (1..gathers.len()).find(|i| gathers[..*i].contains(&gathers[*i])) {
+            let message = format!("{} is given twice", gathers[twice]);
+            return Err(Error::invalid("gather", message));
         }
         if gathers.is_empty() {
             return Err(Error::invalid("gather", "name at least one"));

@@ -68,8 +68,9 @@ impl Planned {
     }
 }
 
-/// Calls of one run: each is planned before the first begins.
+/// Calls of one run, and words of all their prompts: each is planned before the first begins.
 pub const MOST_CALLS: f64 = 1e6;
+pub const MOST_WORDS: f64 = 3e8;
 
 impl LoadOptions {
     /// Every call of the run, in the order of their starts; equal seeds give equal plans.
@@ -275,6 +276,7 @@ pub struct LoadSettings {
     pub answer_tokens: Vec<u16>,
     pub cancel: f64,
     pub score: f64,
+    pub deadline_seconds: f64,
     pub raw: bool,
     pub mode: Option<String>,
     pub policy: Option<String>,
@@ -312,7 +314,8 @@ pub struct Goodput {
     pub slo: Slo,
     pub good: u64,
     pub asked: u64,
-    pub share: f64,
+    /// Unset where no answer was asked for.
+    pub share: Option<f64>,
     pub good_per_second: f64,
 }
 
@@ -438,7 +441,7 @@ impl Goodput {
             slo,
             good,
             asked,
-            share: good as f64 / asked.max(1) as f64,
+            share: (asked > 0).then(|| good as f64 / asked as f64),
             good_per_second: good as f64 / elapsed(ended).as_secs_f64().max(1e-3),
         }
     }

@@ -2,6 +2,7 @@
 //! that learns them.
 //! Knows which states predict which tokens; the fitting is in `refusal_head.rs`.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use candle_core::Tensor;
@@ -9,7 +10,7 @@ use inwit_probes::refusal_head::{RefusalHead, RefusalHeadManifest};
 use inwit_probes::{Metric, Site};
 
 use super::bench::{Bench, Tick};
-use super::examples::record;
+use super::examples::{check_harm, record};
 use super::fit::{identity, unfit};
 use super::refusal_head::{Disturbance, Examples, Fit, Options, disturbance, evaluate, fit};
 use super::rows::{self, Row, RowPrompt, at};
@@ -18,8 +19,11 @@ use super::states::{RowStates, visit};
 use crate::engine::request::PositionSelection;
 use crate::error::{Error, Result};
 
-/// One prompt in this many is kept for measuring.
+/// One group of prompts, of refusals and of benign answers in this many is kept for measuring.
 const HELD_OUT: usize = 10;
+
+/// A fit whose loss is this many times that of no fit has diverged.
+const DIVERGED: f32 = 1.5;
 
 /// What to fit a head on.
 #[derive(Clone, Debug)]
@@ -38,7 +42,8 @@ pub struct HeadData {
 #[derive(Debug)]
 pub struct Made {
     pub head: RefusalHead,
-    /// Without the head and with it; none without ten prompts.
+    /// Without the head and with it, on prompts and refusals that it was not fitted on; none without
+    /// ten of both.
     pub refusals: Option<[Fit; 2]>,
     /// On benign answers that it was not fitted on; none without ten of them.
     pub benign: Option<Disturbance>,
@@ -55,14 +60,15 @@ pub async fn make(
 ) -> Result<Made> {
     options.check(bench.d_model())?;
     let mut harmful = rows::read(&data.harmful)?;
+    check_harm(&data.harmful, &harmful, true)?;
     let refusals = rows::read(&data.refusals)?;
-    pair(&mut harmful, &refusals, options.seed)
+    let kept = pair(&mut harmful, &refusals, options.seed)
         .map_err(|message| Error::file(data.refusals.display(), message))?;
     let file = data.harmful.display().to_string();
     let all = teacher_forced(bench, &file, &harmful, &mut *tick).await?;
     let (mut learn, mut held_out) = (Examples::default(), Examples::default());
-    for (index, examples) in all.into_iter().enumerate() {
-        let to = match is_held_out(index) {
+    for (examples, kept) in all.into_iter().zip(kept) {
+        let to = match kept {
             true => &mut held_out,
             false => &mut learn,
         };
@@ -84,9 +90,10 @@ pub async fn make(
                 "no `answer`; the head is kept as it is on answers",
             ));
         }
+        check_harm(path, &rows, false)?;
         let all = teacher_forced(bench, &file, &rows, &mut *tick).await?;
-        for (index, examples) in all.into_iter().enumerate() {
-            match is_held_out(index) {
+        for (examples, kept) in all.into_iter().zip(held_out_groups(&rows)) {
+            match kept {
                 true => benign_held_out.extend(examples.states),
                 false => benign.extend(examples.states),
             }
@@ -96,6 +103,17 @@ pub async fn make(
 
     let epoch = |epoch: usize, loss: f32| tracing::info!(epoch, loss, "refusal head");
     let low_rank = fit(output_head, &learn, &benign, options, epoch)?;
+    // Of an untouched head the loss on benign positions is 0.
+    let positions = learn.targets.len() + benign.len() / bench.d_model();
+    let share = learn.targets.len() as f32 / positions.max(1) as f32;
+    let untouched = evaluate(output_head, None, &learn)?.loss * share;
+    let reached = low_rank.losses.last().copied().unwrap_or(untouched);
+    if reached > DIVERGED * untouched {
+        let message = format!(
+            "is too high: the loss became {reached:.3}, and {untouched:.3} is that of a head left as it is"
+        );
+        return Err(Error::invalid("learning_rate", message));
+    }
     let refusals = match held_out.targets.is_empty() {
         true => None,
         false => Some([
@@ -143,13 +161,20 @@ pub async fn make(
     })
 }
 
-/// Whether a row is kept for measuring, of prompts and of benign answers alike.
-fn is_held_out(index: usize) -> bool {
-    index % HELD_OUT == HELD_OUT - 1
+/// Which rows are kept for measuring: those of every tenth group, in the order of the file.
+fn held_out_groups(rows: &[Row]) -> Vec<bool> {
+    let mut groups = HashMap::new();
+    let kept = rows.iter().map(|row| {
+        let next = groups.len();
+        let group = row.group.as_deref().unwrap_or(&row.id);
+        *groups.entry(group).or_insert(next) % HELD_OUT == HELD_OUT - 1
+    });
+    kept.collect()
 }
 
 /// Gives every prompt a refusal: one of its category where there is any, else one of any category.
-fn pair(harmful: &mut [Row], refusals: &[Row], seed: u64) -> Result<(), String> {
+/// Tells which prompts are kept for measuring; those alone get the refusals that are kept too.
+fn pair(harmful: &mut [Row], refusals: &[Row], seed: u64) -> Result<Vec<bool>, String> {
     let texts: Vec<(&str, Option<&str>)> = refusals
         .iter()
         .map(|row| match &row.prompt {
@@ -157,18 +182,29 @@ fn pair(harmful: &mut [Row], refusals: &[Row], seed: u64) -> Result<(), String> 
             _ => Err(format!("line {}: a refusal is given as `text`", row.line)),
         })
         .collect::<Result<_, _>>()?;
+    let kept_texts = held_out_groups(refusals);
+    let mut kept = held_out_groups(harmful);
+    if !kept_texts.contains(&true) {
+        kept.fill(false);
+    }
     let mut seeded = Seeded::new(seed);
-    for row in harmful {
+    for (row, kept) in harmful.iter_mut().zip(&kept) {
+        let texts = || texts.iter().zip(&kept_texts);
+        let texts = || {
+            texts()
+                .filter(|(_, text)| *text == kept)
+                .map(|(text, _)| text)
+        };
         let same = |(_, category): &&(&str, Option<&str>)| {
             category.is_some() && *category == row.category.as_deref()
         };
-        let mut choice: Vec<_> = texts.iter().filter(same).collect();
+        let mut choice: Vec<_> = texts().filter(same).collect();
         if choice.is_empty() {
-            choice = texts.iter().collect();
+            choice = texts().collect();
         }
         row.answer = Some(choice[seeded.below(choice.len())].0.to_owned());
     }
-    Ok(())
+    Ok(kept)
 }
 
 /// Per row, the states that predict the answer's tokens, and the tokens, the end of turn included.
@@ -231,9 +267,33 @@ mod tests {
             "{\"text\":\"no fraud\",\"category\":\"fraud\"}\n",
             "{\"text\":\"no\",\"category\":\"generic\"}",
         ));
-        pair(&mut harmful, &refusals, 1).expect("pairs");
+        let kept = pair(&mut harmful, &refusals, 1).expect("pairs");
         assert_eq!(harmful[0].answer.as_deref(), Some("no fraud"));
         assert!(harmful[1].answer.is_some());
+        assert_eq!(kept, [false, false]);
+    }
+
+    #[test]
+    fn prompts_that_are_kept_get_refusals_that_no_other_prompt_has() {
+        let lines = |what: &str, count: usize| {
+            let line = |i| {
+                format!(
+                    "{{\"text\":\"{what} {i}\",\"group\":\"{what}{}\"}}\n",
+                    i / 2
+                )
+            };
+            parsed(&(0..count).map(line).collect::<String>())
+        };
+        let (mut harmful, refusals) = (lines("h", 60), lines("no", 40));
+        let kept = pair(&mut harmful, &refusals, 1).expect("pairs");
+        assert_eq!(kept.iter().filter(|kept| **kept).count(), 6);
+        for (row, kept) in harmful.iter().zip(&kept) {
+            let answer = row.answer.as_deref().expect("an answer");
+            let number: usize = answer[3..].parse().expect("a number");
+            assert_eq!((number / 2) % 10 == 9, *kept, "{answer}");
+        }
+        // Rows of a group stay together.
+        assert!(kept.chunks(2).all(|pair| pair[0] == pair[1]));
     }
 
     #[test]

@@ -12,12 +12,12 @@ use crate::engine::event::{FinishReason, Score};
 use crate::error::{Error, Result};
 use crate::policy::Action;
 
-/// Refuses an output that is the data itself, which would be lost.
+/// Refuses an output that the command reads, which would be lost.
 pub fn refuse_same_file(out: &Path, data: &Path) -> Result<()> {
     match (out.canonicalize(), data.canonicalize()) {
         (Ok(written), Ok(read)) if written == read => Err(Error::file(
             out.display(),
-            "is the data itself; name another file to write",
+            "is read here and would be lost; name another file to write",
         )),
         _ => Ok(()),
     }

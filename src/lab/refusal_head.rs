@@ -119,8 +119,9 @@ pub fn fit(
         }
         let mean = (total / order.len() as f64) as f32;
         if !mean.is_finite() {
-            return Err(Error::internal(
-                "the refusal head diverged; lower the learning rate",
+            return Err(Error::invalid(
+                "learning_rate",
+                "is too high: the fit diverged",
             ));
         }
         fitted.losses.push(mean);

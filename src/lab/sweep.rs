@@ -132,8 +132,7 @@ pub async fn sweep(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<S
         return Err(Error::invalid("sites", "name at least one"));
     }
     let train = Labelled::read(&options.train, options.positions)?;
-    let read = |path: &PathBuf| Labelled::read(path, options.positions);
-    let dev: Vec<Labelled> = options.dev.iter().map(read).collect::<Result<_>>()?;
+    let dev = train.read_dev(&options.dev, options.positions)?;
 
     let mut tokens = 0;
     for rows in std::iter::once(&train).chain(&dev) {

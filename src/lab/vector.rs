@@ -1,7 +1,7 @@
 //! `lab vector`: the direction from benign to harmful prompts, by the difference of means, and on
 //! request without what benign states vary along.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use inwit_probes::fit::{Avoid, FitData, OffSubspace, difference_of_means, off_subspace};
 use inwit_probes::vector::{NormStatistics, SteeringVector, VectorManifest};
@@ -9,9 +9,9 @@ use inwit_probes::{Metric, Site};
 use ndarray::{Array2, Axis};
 
 use super::bench::{Bench, Tick};
-use super::examples::{Labels, record};
+use super::examples::{check_harm, record};
 use super::fit::{identity, unfit};
-use super::rows::{self, Row, at};
+use super::rows;
 use super::states::visit;
 use crate::engine::request::PositionSelection;
 use crate::error::{Error, Result};
@@ -49,7 +49,7 @@ pub async fn make(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Ma
     let site = options.site;
     for (file, positive) in [(&options.harmful, true), (&options.benign, false)] {
         let mut rows = rows::read(file)?;
-        check_labels(file, &rows, positive)?;
+        check_harm(file, &rows, positive)?;
         // Only the prompt is read.
         rows.iter_mut().for_each(|row| row.answer = None);
         data.push(record(file, rows.len())?);
@@ -90,19 +90,6 @@ pub async fn make(bench: &Bench, options: &Options, tick: Tick<'_>) -> Result<Ma
         vector: SteeringVector::new(manifest, vector).map_err(unfit)?,
         constrained,
     })
-}
-
-/// Refuses a label that says the opposite of the file that it is in.
-fn check_labels(file: &Path, rows: &[Row], positive: bool) -> Result<()> {
-    let file = file.display().to_string();
-    for row in rows {
-        let label = row.label.as_deref().unwrap_or_default();
-        if Labels::of(label).is_some_and(|(_, harms)| harms != positive) {
-            let message = format!("the label {label} belongs into the other of the two files");
-            return Err(at(&file, row.line, message));
-        }
-    }
-    Ok(())
 }
 
 /// The difference of means, off the benign states' space where asked for.

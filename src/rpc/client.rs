@@ -38,15 +38,24 @@ pub enum ClientError {
     NotUnderstood(String),
 }
 
+/// `host:port` as a URI. Another scheme is an error: this client speaks no TLS.
+pub(super) fn uri_of(address: &str) -> Result<String, ClientError> {
+    match address.split_once("://") {
+        None => Ok(format!("http://{address}")),
+        Some(("http", _)) => Ok(address.to_owned()),
+        Some(_) => Err(ClientError::NoConnection {
+            address: address.to_owned(),
+            reason: "the scheme must be http: this client speaks no TLS".into(),
+        }),
+    }
+}
+
 pub struct Client(GenerationServiceClient<Channel>);
 
 impl Client {
     /// `address` is `host:port`, or a URI with `http://`.
     pub async fn connect(address: &str) -> Result<Self, ClientError> {
-        let uri = match address.contains("://") {
-            true => address.to_owned(),
-            false => format!("http://{address}"),
-        };
+        let uri = uri_of(address)?;
         let failed = |error: &dyn std::error::Error| ClientError::NoConnection {
             address: address.to_owned(),
             // The outer error only says that there was one.

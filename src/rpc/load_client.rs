@@ -7,7 +7,7 @@ use std::time::Duration;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
-use super::client::ClientError;
+use super::client::{ClientError, uri_of};
 use super::observe::code_name;
 use super::proto;
 use super::proto::generate_stream_response::Event;
@@ -36,10 +36,7 @@ impl LoadClient {
         mode: Option<Mode>,
         policy: Option<&str>,
     ) -> Result<Self, ClientError> {
-        let uri = match url.contains("://") {
-            true => url.to_owned(),
-            false => format!("http://{url}"),
-        };
+        let uri = uri_of(url)?;
         let failed = |error: tonic::transport::Error| ClientError::NoConnection {
             address: url.to_owned(),
             reason: innermost(&error),
@@ -141,6 +138,9 @@ impl Deliveries {
             match message.event {
                 Some(Event::Delta(delta)) if !delta.token_ids.is_empty() => {
                     return Ok(Some(delta.token_ids.len() as u32));
+                }
+                Some(Event::Retract(retract)) if !retract.replacement_token_ids.is_empty() => {
+                    return Ok(Some(retract.replacement_token_ids.len() as u32));
                 }
                 Some(Event::Completed(_)) => return Ok(None),
                 _ => {}

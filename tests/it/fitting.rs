@@ -189,6 +189,16 @@ fn states_that_were_collected_give_the_same_probe_without_the_model_s_work() {
         &format!("probe sweep --data train.jsonl --sites {LATE} --out sweep --states states"),
         "was not collected",
     );
+    bench.refused(
+        &format!("probe sweep --data train.jsonl --dev train.jsonl --sites {LATE} --out sweep"),
+        "the very file that is fitted on",
+    );
+    bench.refused(
+        &format!(
+            "probe curve --data train.jsonl --dev dev.jsonl dev.jsonl --site {LATE} --out curve"
+        ),
+        "is given twice",
+    );
 }
 
 #[test]
@@ -350,7 +360,7 @@ fn a_refusal_head_says_what_it_does_to_benign_answers() {
     );
     let line = "lab refusal-head --harmful harmful.jsonl --refusals refusals.jsonl --rank 2 \
                 --epochs 1";
-    let told = bench.done(&format!("{line} --benign dev.jsonl --out head.safetensors"));
+    let told = bench.done(&format!("{line} --benign benign.jsonl --out head.safetensors"));
     assert!(told.contains("mean KL"), "{told}");
     let head = RefusalHead::load(bench.path("head.safetensors")).unwrap();
     let metrics = &head.manifest().record.metrics;
@@ -358,10 +368,25 @@ fn a_refusal_head_says_what_it_does_to_benign_answers() {
     assert!(metrics["held_out_benign_tokens"].value > 0.0);
     let told = bench.done(&format!("{line} --out alone.safetensors"));
     assert!(told.contains("not measured"), "{told}");
+    let refusals = (0..20).map(|i| json!({"text": format!("The ship {i} is old.")}));
+    bench.write("refusals.jsonl", refusals);
+    bench.done(&format!("{line} --out many.safetensors"));
+    let many = RefusalHead::load(bench.path("many.safetensors")).unwrap();
+    assert!(
+        many.manifest()
+            .record
+            .metrics
+            .contains_key("held_out_loss_after")
+    );
+    let told = bench.done("probe show many.safetensors");
+    assert!(
+        told.contains("held_out_loss_after") && told.contains("refusals.jsonl"),
+        "{told}"
+    );
 
     bench.write("harmful.jsonl", (0..9).map(harmful));
     let told = bench.done(&format!("{line} --out few.safetensors"));
-    assert!(told.contains("every tenth prompt"), "{told}");
+    assert!(told.contains("every tenth group"), "{told}");
     let few = RefusalHead::load(bench.path("few.safetensors")).unwrap();
     assert!(
         !few.manifest()
@@ -370,7 +395,15 @@ fn a_refusal_head_says_what_it_does_to_benign_answers() {
             .contains_key("held_out_loss_after")
     );
     bench.refused(
-        &format!("{line} --benign dev.jsonl --benign-weight=-1 --out other.safetensors"),
+        &format!("{line} --learning-rate 1e9 --out other.safetensors"),
+        "learning_rate: is too high",
+    );
+    bench.refused(
+        &format!("{line} --benign harmful.jsonl --out other.safetensors"),
+        "the label harmful belongs into the other",
+    );
+    bench.refused(
+        &format!("{line} --benign benign.jsonl --benign-weight=-1 --out other.safetensors"),
         "benign_weight: must be above 0",
     );
     bench.refused(

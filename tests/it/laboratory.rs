@@ -61,7 +61,7 @@ fn collect(data: &Path, out: &Path, more: &[&str]) -> Output {
         "--positions",
         "prompt_content",
         "--positions",
-        "generated:2",
+        "generated:1..2",
     ];
     inwit(&[&arguments[..], &positions, more].concat())
 }

@@ -116,8 +116,16 @@ fn a_benchmark_writes_every_row_that_readers_of_its_file_rely_on() {
     );
     numbers(
         &report["long_prompt"],
-        &["during_p99_ms", "before_p50_ms", "alone_ms", "among_ms"],
+        &[
+            "streams_to_the_end",
+            "before_p50_ms",
+            "alone_ms",
+            "among_ms",
+        ],
     );
+    // The tiny model's streams may all have ended by then.
+    let during = &report["long_prompt"]["during_p99_ms"];
+    assert!(during.is_null() || during.as_f64() > Some(0.0), "{report}");
     let grpc = &report["grpc"];
     numbers(grpc, &["tokens", "percent_of_in_process"]);
     assert_eq!(grpc["streams"], 3);

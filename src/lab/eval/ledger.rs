@@ -20,6 +20,9 @@ A number that was looked at and then tuned on proves nothing, so the runs are co
 |---|---|---|---|---|---|---|
 ";
 
+const COLUMNS: &str =
+    "| date (UTC) | commit | set | SHA-256 of the set | what | its hash | result |";
+
 /// The log, as it was found.
 #[derive(Clone, Debug)]
 pub struct Ledger {
@@ -47,6 +50,10 @@ impl Ledger {
             true => read_text(path, MOST_BYTES, "a log of evaluations")?,
             false => String::new(),
         };
+        if !text.is_empty() && !text.lines().any(|line| line == COLUMNS) {
+            let message = "is no log of evaluations: it lacks the table's head; name another file";
+            return Err(Error::file(path.display(), message));
+        }
         appending(path)?;
         Ok(Self {
             path: path.to_owned(),
@@ -169,14 +176,17 @@ mod tests {
     fn what_was_written_stays_and_a_cell_cannot_break_the_table() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("log.md");
-        std::fs::write(&path, "# Mine\nwithout an end").expect("written");
+        std::fs::write(&path, "# Mine\nno table").expect("written");
+        assert!(Ledger::open(&path).is_err());
+        let mine = format!("# Mine\n{COLUMNS}\nwithout an end");
+        std::fs::write(&path, &mine).expect("written");
         let mut ledger = Ledger::open(&path).expect("opens");
         ledger.append(&[entry("aa")]).expect("appends");
         let text = std::fs::read_to_string(&path).expect("reads");
-        assert!(text.starts_with("# Mine\nwithout an end\n| "), "{text}");
+        assert!(text.starts_with(&format!("{mine}\n| ")), "{text}");
         let line = text.lines().last().expect("a line");
         assert_eq!(line.matches('|').count(), 8, "{line}");
-        assert_eq!(text.lines().count(), 3);
+        assert_eq!(text.lines().count(), 4);
     }
 
     #[test]

@@ -168,6 +168,7 @@ fn points(difference: &Measured) -> String {
 fn fewer(effect: &Effect) -> String {
     match &effect.fewer {
         None => "no percentage: below 40".into(),
+        Some(fewer) if fewer.value < 0.0 => "more".into(),
         Some(fewer) => {
             let interval = fewer.interval.map_or(String::new(), |[low, high]| {
                 format!(" ({:.1} to {:.1} %)", low * 100.0, high * 100.0)
