@@ -360,7 +360,9 @@ fn a_refusal_head_says_what_it_does_to_benign_answers() {
     );
     let line = "lab refusal-head --harmful harmful.jsonl --refusals refusals.jsonl --rank 2 \
                 --epochs 1";
-    let told = bench.done(&format!("{line} --benign benign.jsonl --out head.safetensors"));
+    let told = bench.done(&format!(
+        "{line} --benign benign.jsonl --out head.safetensors"
+    ));
     assert!(told.contains("mean KL"), "{told}");
     let head = RefusalHead::load(bench.path("head.safetensors")).unwrap();
     let metrics = &head.manifest().record.metrics;
@@ -378,7 +380,11 @@ fn a_refusal_head_says_what_it_does_to_benign_answers() {
             .metrics
             .contains_key("held_out_loss_after")
     );
-    let told = bench.done("probe show many.safetensors");
+    let mut show = Command::new(env!("CARGO_BIN_EXE_inwit"));
+    let shown = show
+        .args(["probe", "show"])
+        .arg(bench.path("many.safetensors"));
+    let told = String::from_utf8(shown.output().unwrap().stdout).unwrap();
     assert!(
         told.contains("held_out_loss_after") && told.contains("refusals.jsonl"),
         "{told}"
