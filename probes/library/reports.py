@@ -32,7 +32,7 @@ TESTS = (
 POLICY_TESTS = ["test_harmbench_vs_edgy", "test_xstest"]
 # Every fourth layer's end, and rows enough to rank them: all of both would be many times the states.
 SWEPT = ",".join(f"blocks.{layer}.hook_resid_post" for layer in range(2, 30, 4))
-SWEPT_ROWS = 4_000
+SWEPT_ROWS, SWEPT_ANSWERS = 4_000, 1_200
 TRAFFIC_TEST = "test_benign_traffic"
 TRAFFIC_DEV = "dev_benign_traffic dev_benign_traffic_more dev_benign_backend".split()
 PARTS = ("sweep", "curve", "prompt_harm", "answers", "effects", "policy", "traffic")
@@ -102,7 +102,9 @@ def main():
         ):
             data, fitted = out / f"dev_answers_{name}.jsonl", work / f"{fitted}.jsonl"
             write(data, rows)
-            inwit("probe", "sweep", "--data", fitted, "--dev", data, "--sites", SWEPT, *reading, "--out", out / f"sweep_{name}")
+            some = out / f"swept_{name}.jsonl"
+            write(some, random.Random(4).sample(read(fitted), SWEPT_ANSWERS))
+            inwit("probe", "sweep", "--data", some, "--dev", data, "--sites", SWEPT, *reading, "--out", out / f"sweep_{name}")
             report("probe", name, "--data", data, "--train", fitted, "--seeds", 3,
                    "--sweep-json", out / f"sweep_{name}/sweep.json")
 
