@@ -274,6 +274,8 @@ def llama(options):
     import llama_cpp as l
     import numpy
 
+    # Python and numpy are not llama.cpp's; its libraries are in it as well, some MiB.
+    interpreter = resident("VmRSS")
     prose = the_prose()
     l.llama_backend_init()
     silent = l.llama_log_callback(lambda *_: None)
@@ -345,7 +347,7 @@ def llama(options):
     if options.memory:
         answer = MEMORY_TOKENS // 10
         write(SETTINGS[-1], MEMORY_STREAMS, MEMORY_TOKENS - answer, answer)
-        return {"peak_rss": peak_rss()}
+        return {"peak_rss": resident("VmHWM") - interpreter}
     measured = [
         {
             "setting": setting,
@@ -358,9 +360,9 @@ def llama(options):
     return {"version": f"llama-cpp-python {l.__version__} ({info}), KV f16", "settings": measured}
 
 
-def peak_rss():
+def resident(what):
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
+    return int(re.search(rf"{what}:\s+(\d+) kB", status).group(1)) * 1024
 
 
 # --- the table ---
@@ -391,7 +393,8 @@ def report(options, engines):
         f"Tokens per second on `{options.model.name}`, {options.threads} threads, {machine()}, commit {commit()}.",
         f"Prefill reads {PROMPT} tokens; each stream of a decode has {CONTEXT} and writes {ANSWER}.",
         f"Medians of {options.rounds} round{'s' * (options.rounds > 1)} in turn, of each engine's best setting.",
-        f"Memory is the peak (VmHWM) with {MEMORY_STREAMS} streams of {MEMORY_TOKENS} tokens.",
+        f"Memory is the peak (VmHWM) with {MEMORY_STREAMS} streams of {MEMORY_TOKENS} tokens, "
+        "llama.cpp's without the Python that calls it.",
         "",
         "| engine | prefill | " + " | ".join(f"{n} stream{'s' * (n > 1)}" for n in STREAMS) + " | memory MiB |",
         "|---|" + "---|" * (len(columns) + 1),

@@ -113,7 +113,7 @@ pub struct Flags {
     #[arg(long, value_name = "FOLDER")]
     pub library: Option<String>,
 
-    /// How to hold the weights: `auto` (as in the file where that is exact), `f32`, `bf16`, `q8_0` or `as-is` [default: auto]
+    /// How to hold the weights: `auto` (as in the file where that is exact), `f32`, `bf16`, `q8_0`, `q4_1` or `as-is` [default: auto]
     #[arg(long, value_name = "FORMAT")]
     pub weights: Option<String>,
 
@@ -244,7 +244,7 @@ choice!(
 );
 choice!(
     /// How to hold the weights.
-    Weights { Auto = "auto", F32 = "f32", Bf16 = "bf16", Q8_0 = "q8_0", AsIs = "as-is" }
+    Weights { Auto = "auto", F32 = "f32", Bf16 = "bf16", Q8_0 = "q8_0", Q4_1 = "q4_1", AsIs = "as-is" }
 );
 choice!(
     /// How to hold keys and values.

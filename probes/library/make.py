@@ -10,7 +10,7 @@ and --out must name another folder than that of what ships, smollm2-135m-instruc
 At the end it says of each file whether its bytes are those that were in --out before: on the machine
 and with the build that made them they are.
 What was made on the way (prompts, states, answers, labels) stays in --work, and a run that was
-interrupted goes on with it. All of it takes about an hour on two cores.
+interrupted goes on with it. All of it takes more than an hour on two cores.
 Every choice here was made on training rows and on ../data/dev_*; no test file is read.
 """
 
@@ -62,8 +62,9 @@ def main():
     if not whole and out.resolve() == SHIPPED:
         arguments.error(f"{benchmarks} has no calibration_benign.jsonl (GSM8K and TriviaQA, from their authors), so this "
                         "would not make what ships: name another folder with --out")
-    fetch([] if (benchmarks / "train.jsonl").exists() else ["--out", benchmarks], ["train"])
-    fetch(["--check", benchmarks], ["train", "calibration_benign"] if whole else ["train"])
+    if not (benchmarks / "train.jsonl").exists():
+        fetch("--out", benchmarks, "--only", "train")
+    fetch("--check", benchmarks, "--only", "train", *(["calibration_benign"] if whole else []))
     work.mkdir(parents=True, exist_ok=True)
     (work / "no-library").mkdir(exist_ok=True)
     for folder in KINDS:
@@ -134,9 +135,8 @@ def main():
         print(f"{file:40} {'the bytes that were there' if before.get(file) == digest else 'other bytes'}")
 
 
-def fetch(where, names):
-    if where:
-        subprocess.run([sys.executable, DATA / "fetch", *where, "--only", *names], check=True)
+def fetch(*words):
+    subprocess.run([sys.executable, DATA / "fetch", *words], check=True)
 
 
 def hashes(out):

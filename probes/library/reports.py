@@ -7,7 +7,7 @@ FOLDER is the --work of a finished make.py: its prompts and states are read, and
 way is left in it. The reports land in docs/reports/. No test file is read, with one exception:
 --tests FOLDER puts the test sets into the reports of prompt_harm and of the policy default (two: one of
 everyday prompts) in place of the development sets, and logs each of those runs in docs/evaluations.md.
-All of it takes about half an hour on two cores.
+All of it takes about an hour on two cores.
 """
 
 import argparse

@@ -25,8 +25,9 @@ use crate::model::kernels::ComputePool;
 use crate::registry::ModelIds;
 
 /// Writes {"machine","commit","settings","rows","added","prefix","long_prompt","grpc","memory","peak_rss_bytes"};
-/// rows are {"name","streams","monitor","tokens_per_second","p50_ms","p99_ms"}.
+/// rows are {"name","streams","monitor","tokens_per_second","p50_ms","p99_ms"}, null where nothing was measured.
 #[derive(Debug, clap::Args)]
+#[command(mut_arg("library", |flag| flag.hide(true)), mut_arg("max_running", |flag| flag.hide(true)))]
 pub(super) struct Args {
     /// Streams that decode at once [default: 1,4,8,16,32]
     #[arg(long, value_name = "NUMBERS", value_delimiter = ',',
@@ -293,8 +294,7 @@ async fn throughput(args: &Args, base: &Config, sizes: Sizes, report: &mut Repor
         report.rows.push(measured.prefill(monitor).await?);
         for streams in args.streams() {
             let rows = measured.decode(streams, monitor).await?;
-            // A rate of nothing is no rate of zero.
-            let together = rows.iter().all(|row| row.tokens_per_second > 0.0);
+            let together = rows.iter().all(|row| row.tokens_per_second.is_some());
             report.rows.extend(rows);
             note(&match together {
                 true => format!("{monitor}, {streams} streams: measured"),
@@ -535,15 +535,18 @@ fn throughput_table(rows: &[Row]) -> Table {
         "p50 ms",
         "p99 ms",
     ];
+    let told = |value: Option<f64>, digits: usize| {
+        value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
+    };
     let mut table = table(header, 2);
     for row in rows {
         table.add_row([
             row.name.to_owned(),
             row.monitor.to_string(),
             row.streams.to_string(),
-            format!("{:.1}", row.tokens_per_second),
-            format!("{:.2}", row.p50_ms),
-            format!("{:.2}", row.p99_ms),
+            told(row.tokens_per_second, 1),
+            told(row.p50_ms, 2),
+            told(row.p99_ms, 2),
         ]);
     }
     table

@@ -6,7 +6,7 @@ use super::Exit;
 use super::open::ticking;
 use super::probe::command_line;
 use super::progress::Progress;
-use super::study::{Opened, StudyArgs};
+use super::study::StudyArgs;
 use super::sweep::ranked;
 use super::terminal::{note, print};
 use crate::error::Result;
@@ -31,11 +31,7 @@ pub(super) struct CurveArgs {
 }
 
 pub(super) async fn run(args: CurveArgs) -> Result<Exit> {
-    let Opened {
-        bench,
-        mut json,
-        mut svg,
-    } = args.study.open("curve").await?;
+    let opened = args.study.open("curve").await?;
     let recipe = args.study.recipe();
     let options = Options {
         train: args.study.data,
@@ -48,13 +44,10 @@ pub(super) async fn run(args: CurveArgs) -> Result<Exit> {
     };
     let mut progress = Progress::new("prompts");
     let mut tick = ticking(&mut progress);
-    let found = curve(&bench, &options, &mut tick).await?;
+    let found = curve(&opened.bench, &options, &mut tick).await?;
     drop(tick);
     drop(progress);
-    json.row(&found)?;
-    svg.bytes(ranking_plot::by_rows(&title(&found), &found)?.as_bytes())?;
-    json.finish()?;
-    svg.finish()?;
+    opened.write(&found, &ranking_plot::by_rows(&title(&found), &found)?)?;
     let fits = found.points.iter();
     let fits = fits.map(|point| (point.rows.to_string(), &point.rankings));
     print(&format!("{}\n", ranked("rows", &found.dev, fits)))?;

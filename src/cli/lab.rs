@@ -19,7 +19,7 @@ use crate::files::read_text;
 use crate::lab::bench::Tick;
 use crate::lab::fit::unfit;
 use crate::lab::make_head::{self, HeadData};
-use crate::lab::output::WholeFile;
+use crate::lab::output::{WholeFile, refuse_same_file};
 use crate::lab::quality::{self, Quality, Subject};
 use crate::lab::refusal_head::Options;
 use crate::lab::vector;
@@ -104,6 +104,13 @@ pub(super) struct VectorArgs {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(
+    mut_arg("library", |flag| flag.hide(true)),
+    mut_arg("device", |flag| flag.hide(true)),
+    mut_arg("max_running", |flag| flag.hide(true)),
+    mut_arg("kv_memory", |flag| flag.hide(true)),
+    mut_arg("context_limit", |flag| flag.hide(true))
+)]
 pub(super) struct QualityArgs {
     /// A text of some 10,000 tokens
     #[arg(long, value_name = "FILE")]
@@ -136,8 +143,11 @@ async fn measure_quality(args: QualityArgs) -> Result<Exit> {
     ];
     args.model.refuse(&unread.map(|name| (name, UNREAD)))?;
     let text = read_text(&args.text, MOST_TEXT, "a text to measure on")?;
-    let open = |json| paths::open(json, &[&args.text]);
-    let mut file = args.json.as_deref().map(open).transpose()?;
+    let open = |json: &PathBuf| {
+        refuse_same_file(json, &args.text)?;
+        WholeFile::create(json)
+    };
+    let mut file = args.json.as_ref().map(open).transpose()?;
     let config = args.model.load(Some("off"), Some("off"))?;
     let work = move || {
         let mut progress = Progress::new("tokens");

@@ -37,7 +37,7 @@ pub(super) struct ModelArgs {
     /// Folder with probes, vectors, refusal heads and policies, or `shipped` [default: shipped]
     #[arg(long, value_name = "FOLDER")]
     library: Option<String>,
-    /// How to hold the weights: `auto`, `f32`, `bf16`, `q8_0` or `as-is` [default: auto]
+    /// How to hold the weights: `auto`, `f32`, `bf16`, `q8_0`, `q4_1` or `as-is` [default: auto]
     #[arg(long, value_name = "FORMAT")]
     weights: Option<String>,
     /// How to hold keys and values: `auto`, `f32` or `bf16` [default: auto]
@@ -244,6 +244,7 @@ pub(super) fn weight_format(
         Weights::F32 => WeightFormat::F32,
         Weights::Bf16 => WeightFormat::Bf16,
         Weights::Q8_0 => WeightFormat::Q8_0,
+        Weights::Q4_1 => WeightFormat::Q4_1,
         Weights::AsIs => WeightFormat::AsIs,
         Weights::Auto if matrices.iter().all(|m| *m == StoredType::Bf16) => WeightFormat::Bf16,
         Weights::Auto if matrices.iter().any(|m| m.has_kernel()) => WeightFormat::AsIs,

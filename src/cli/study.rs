@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use inwit_probes::{Gather, Positions};
+use serde::Serialize;
 
 use super::open::ModelArgs;
 use super::paths;
@@ -46,23 +47,60 @@ pub(super) struct StudyArgs {
 /// What is there before any work begins.
 pub(super) struct Opened {
     pub bench: Bench,
-    pub json: WholeFile,
-    pub svg: WholeFile,
+    json: WholeFile,
+    svg: WholeFile,
+    /// After the files, since it is dropped after them.
+    _out: OutFolder,
+}
+
+impl Opened {
+    /// Both files, whole.
+    pub(super) fn write(mut self, numbers: &impl Serialize, picture: &str) -> Result<()> {
+        self.json.row(numbers)?;
+        self.svg.bytes(picture.as_bytes())?;
+        self.json.finish()?;
+        self.svg.finish()
+    }
+}
+
+/// A folder that goes again where it was made here and nothing came to lie in it.
+struct OutFolder(Option<PathBuf>);
+
+impl OutFolder {
+    fn make(path: &Path) -> Result<Self> {
+        let made = !path.exists();
+        std::fs::create_dir_all(path)
+            .map_err(|error| Error::file(path.display(), format!("cannot be made: {error}")))?;
+        Ok(Self(made.then(|| path.to_owned())))
+    }
+}
+
+impl Drop for OutFolder {
+    fn drop(&mut self) {
+        // Refused for a folder that holds something.
+        self.0
+            .iter()
+            .for_each(|path| drop(std::fs::remove_dir(path)));
+    }
 }
 
 impl StudyArgs {
     /// An engine, and the two files, `name` with their extensions.
     pub(super) async fn open(&self, name: &str) -> Result<Opened> {
         let out = &self.out;
-        std::fs::create_dir_all(out)
-            .map_err(|error| Error::file(out.display(), format!("cannot be made: {error}")))?;
+        let folder = OutFolder::make(out)?;
         let mut data: Vec<&Path> = vec![&self.data];
         data.extend(self.dev.iter().map(PathBuf::as_path));
         let json = paths::open(&out.join(name).with_extension("json"), &data)?;
         let svg = paths::open(&out.join(name).with_extension("svg"), &data)?;
         let mut bench = self.model.bench(Some("off"), Some("off")).await?;
         bench.use_states(&self.states, &data)?;
-        Ok(Opened { bench, json, svg })
+        Ok(Opened {
+            bench,
+            json,
+            svg,
+            _out: folder,
+        })
     }
 
     pub(super) fn recipe(&self) -> Recipe {

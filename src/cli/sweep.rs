@@ -6,7 +6,7 @@ use super::Exit;
 use super::open::ticking;
 use super::probe::{command_line, table};
 use super::progress::Progress;
-use super::study::{Opened, StudyArgs};
+use super::study::StudyArgs;
 use super::terminal::{note, print};
 use crate::error::Result;
 use crate::lab::ranking_plot;
@@ -32,11 +32,7 @@ pub(super) struct SweepArgs {
 }
 
 pub(super) async fn run(args: SweepArgs) -> Result<Exit> {
-    let Opened {
-        bench,
-        mut json,
-        mut svg,
-    } = args.study.open("sweep").await?;
+    let opened = args.study.open("sweep").await?;
     let mut recipe = args.study.recipe();
     if recipe.kind == Kind::Logistic && recipe.alphas.is_empty() {
         recipe.alphas.push(ALPHA);
@@ -52,13 +48,10 @@ pub(super) async fn run(args: SweepArgs) -> Result<Exit> {
     };
     let mut progress = Progress::new("prompts");
     let mut tick = ticking(&mut progress);
-    let found = sweep(&bench, &options, &mut tick).await?;
+    let found = sweep(&opened.bench, &options, &mut tick).await?;
     drop(tick);
     drop(progress);
-    json.row(&found)?;
-    svg.bytes(ranking_plot::by_site(&title(&found), &found)?.as_bytes())?;
-    json.finish()?;
-    svg.finish()?;
+    opened.write(&found, &ranking_plot::by_site(&title(&found), &found)?)?;
     print(&format!("{}\n", tabled(&found)))?;
     summarise(&found);
     Ok(Exit::Done)

@@ -380,10 +380,9 @@ impl Sequence {
         let outputs = self.outputs_at(position);
         let policy = self.policy();
         let at = position as u32;
-        let logged = outputs.iter().map(|output| output.clone().map(Into::into));
-        let logged = logged.collect();
         let token = self.token_at(position);
-        let step = match token {
+        show(&mut self.state, &policy, token, at, &outputs);
+        self.steps.push(match token {
             Token::Prompt {
                 in_content,
                 is_last,
@@ -391,16 +390,14 @@ impl Sequence {
                 position: at,
                 in_content,
                 is_last,
-                outputs: logged,
+                outputs,
             },
             Token::Generated { k } => DecisionStep::Generated {
                 k,
                 position: at,
-                outputs: logged,
+                outputs,
             },
-        };
-        self.steps.push(step);
-        show(&mut self.state, &policy, token, at, &outputs);
+        });
     }
 
     fn token_at(&self, position: usize) -> Token {

@@ -34,6 +34,8 @@ pub(super) struct StepLoop {
     shared: Arc<Shared>,
     receiver: commands::Receiver<Command>,
     pool: ComputePool,
+    /// Of the last step: its memory serves the next.
+    logits: Vec<f32>,
     blocks: BlockPool,
     around: Surroundings,
     waiting: VecDeque<Admission>,
@@ -102,6 +104,7 @@ impl StepLoop {
             running: Vec::new(),
             prepared: Vec::new(),
             pace,
+            logits: Vec::new(),
             open: true,
         }
     }
@@ -386,7 +389,8 @@ impl StepLoop {
             .collect();
         let steered = spans().filter(|((index, _), _)| running[*index].is_steered_by_caller());
         let steered: Vec<_> = steered.map(|((index, _), span)| (*index, span)).collect();
-        let (logits, broken, undecided) = self.pool.install(|| {
+        let mut logits = std::mem::take(&mut self.logits);
+        let (broken, undecided) = self.pool.install(|| {
             let hidden = decoder.forward(batch, kv, &mut run)?;
             let broken = match steered.is_empty() {
                 true => Vec::new(),
@@ -396,11 +400,10 @@ impl StepLoop {
             // them: the policy judges the pass beside their product.
             let mut undecided = Ok(Vec::new());
             let observe = || undecided = observe(run, picked, batch, running, &broken);
-            let logits = beside(observe, || match last_rows.is_empty() {
-                true => Ok(Vec::new()),
-                false => decoder.logits(&hidden, &last_rows, &refusals),
+            beside(observe, || {
+                decoder.logits_into(&hidden, &last_rows, &refusals, &mut logits)
             })?;
-            Ok::<_, Error>((logits, broken, undecided?))
+            Ok::<_, Error>((broken, undecided?))
         })?;
         let vocab = self.info.config.vocab_size;
         for (index, _) in picked {
@@ -421,6 +424,7 @@ impl StepLoop {
             let logits = place.map(|place| &logits[place * vocab..(place + 1) * vocab]);
             sequence.after_pass(logits, &self.around);
         }
+        self.logits = logits;
         for (index, _) in picked {
             self.publish(*index);
         }

@@ -130,11 +130,10 @@ impl<'a> HookRun<'a> {
             host::read(&hidden, |values| {
                 for group in &actions.scores {
                     let (plan, scores) = (&self.plan.groups[*group], &mut self.scores[*group]);
+                    let rows = plan.rows.iter();
+                    let rows = rows.map(|row| &values[row * width..(row + 1) * width]);
                     let scores = scores.chunks_exact_mut(plan.stack.width());
-                    for (row, scores) in plan.rows.iter().zip(scores) {
-                        let hidden = &values[row * width..(row + 1) * width];
-                        plan.stack.score(index, hidden, scores);
-                    }
+                    plan.stack.score(index, rows.zip(scores));
                 }
             })?;
         }

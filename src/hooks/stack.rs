@@ -86,13 +86,22 @@ impl ProbeStack {
         }
     }
 
-    /// Scores one row's hidden state `[d_model]` at a site into its row of scores `[width]`.
-    pub(super) fn score(&self, site_index: usize, hidden: &[f32], scores: &mut [f32]) {
-        for head in self.sites.get(&site_index).into_iter().flatten() {
-            let scale = if head.unit { l2_norm(hidden) } else { 1.0 };
-            let rows = head.weight.chunks_exact(hidden.len());
-            for (j, (weight, bias)) in rows.zip(&head.bias).enumerate() {
-                scores[head.first_column + j] = dot(hidden, weight) / scale + bias;
+    /// Scores rows' hidden states `[d_model]` at a site into their rows of scores `[width]`.
+    pub(super) fn score<'a>(
+        &self,
+        site_index: usize,
+        rows: impl Iterator<Item = (&'a [f32], &'a mut [f32])>,
+    ) {
+        let Some(heads) = self.sites.get(&site_index) else {
+            return;
+        };
+        for (hidden, scores) in rows {
+            for head in heads {
+                let scale = if head.unit { l2_norm(hidden) } else { 1.0 };
+                let outputs = head.weight.chunks_exact(hidden.len());
+                for (j, (weight, bias)) in outputs.zip(&head.bias).enumerate() {
+                    scores[head.first_column + j] = dot(hidden, weight) / scale + bias;
+                }
             }
         }
     }

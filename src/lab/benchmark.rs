@@ -119,11 +119,12 @@ pub struct Row {
     pub name: &'static str,
     pub streams: usize,
     pub monitor: Monitor,
-    /// Prompt tokens for `prefill` and `ttft`, generated ones for `decode`.
-    pub tokens_per_second: f64,
+    /// Prompt tokens for `prefill` and `ttft`, generated ones for `decode`. This and the times are
+    /// null where nothing was measured: answers that ended before all of them were writing.
+    pub tokens_per_second: Option<f64>,
     /// Of the time to the first token, or between two deliveries to one stream for `decode`.
-    pub p50_ms: f64,
-    pub p99_ms: f64,
+    pub p50_ms: Option<f64>,
+    pub p99_ms: Option<f64>,
 }
 
 /// The same prefix twice.
@@ -573,16 +574,14 @@ fn row(
 ) -> Row {
     let mut times: Vec<f64> = times.into_iter().map(milliseconds).collect();
     times.sort_unstable_by(f64::total_cmp);
+    let at = |percent: f64| (!times.is_empty()).then(|| percentile(&times, percent));
     Row {
         name,
         streams,
         monitor,
-        // Of nothing, when every answer ended at once.
-        tokens_per_second: Some(tokens_per_second)
-            .filter(|n| n.is_finite())
-            .unwrap_or(0.0),
-        p50_ms: percentile(&times, 50.0),
-        p99_ms: percentile(&times, 99.0),
+        tokens_per_second: Some(tokens_per_second).filter(|rate| rate.is_finite()),
+        p50_ms: at(50.0),
+        p99_ms: at(99.0),
     }
 }
 
@@ -615,7 +614,7 @@ mod tests {
         together.take(&[timeline(&[10, 20]), timeline(&[])]);
         assert_eq!((together.tokens, together.time), (0, Duration::ZERO));
         let row = row("decode", 2, Monitor::Off, f64::NAN, together.gaps);
-        assert_eq!((row.tokens_per_second, row.p99_ms), (0.0, 0.0));
+        assert_eq!((row.tokens_per_second, row.p99_ms), (None, None));
     }
 
     #[test]

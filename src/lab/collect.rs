@@ -12,7 +12,7 @@ use inwit_probes::manifest::Positions;
 use super::bench::{Bench, Tick, reading};
 use super::capture_file::Dtype;
 use super::collected::{Access, Collection, Form, IndexLine, lock, read_index, states_of};
-use super::examples::{answer, read_at, record};
+use super::examples::{answer, read_at, record, selection as selection_of};
 use super::fit::identity;
 use super::output::{WholeFile, refuse_same_file};
 use super::rows::{self, Row, at};
@@ -140,13 +140,7 @@ fn manifest(bench: &Bench, data: &Path, rows: usize, options: &Options) -> Resul
 
 /// The fewest positions that the engine can be asked for.
 fn selection(positions: &[Positions]) -> PositionSelection {
-    let mut selections = positions.iter().map(|positions| match positions {
-        Positions::LastPromptToken => PositionSelection::LastPromptToken,
-        Positions::PromptContent => PositionSelection::AllPrompt,
-        Positions::Generated(_) | Positions::FirstGenerated(_) | Positions::EveryGenerated => {
-            PositionSelection::Generated
-        }
-    });
+    let mut selections = positions.iter().map(|positions| selection_of(*positions));
     use PositionSelection::{All, AllPrompt, FromLastPromptToken, Generated, LastPromptToken};
     let first = selections.next().unwrap_or(All);
     selections.fold(first, |all, one| match (all, one) {

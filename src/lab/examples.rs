@@ -311,7 +311,7 @@ pub fn record(path: &Path, rows: usize) -> Result<DataRecord> {
 }
 
 /// The states of an answer's end lie among the generated ones, so capture those.
-fn selection(positions: Positions) -> PositionSelection {
+pub(super) fn selection(positions: Positions) -> PositionSelection {
     match positions {
         Positions::LastPromptToken => PositionSelection::LastPromptToken,
         Positions::PromptContent => PositionSelection::AllPrompt,

@@ -6,10 +6,8 @@ use std::fmt::Write as _;
 
 use inwit_probes::fit::{
     AttentionData, AttentionParams, ClassWeight, FitData, LogisticParams, TokenStates,
-    fit_attention, fit_difference_of_means, fit_lda, fit_logistic,
+    check_shrinkage, fit_attention, fit_difference_of_means, fit_lda, fit_logistic,
 };
-use inwit_probes::gather::MAX_ATTENTION_HEADS;
-use inwit_probes::manifest::MAX_HEAD_OUTPUTS;
 use inwit_probes::{Gather, Head, InputNorm, Kind, NormKind, Positions, Site, TwoLayer};
 use ndarray::Array2;
 
@@ -151,52 +149,15 @@ impl Recipe {
         Ok(())
     }
 
-    /// What the fits would refuse, told before the states are read.
+    /// What the fit would refuse, told before the states are read.
     fn check_values(&self) -> Result<()> {
-        let share = |name: &str, value: Option<f64>| {
-            let within = value.is_none_or(|value| (0.0..1.0).contains(&value));
-            within
-                .then_some(())
-                .ok_or_else(|| Error::invalid(name, "must be at least 0 and below 1"))
-        };
-        let above_0 = |name: &str, value: Option<usize>| match value {
-            Some(0) => Err(Error::invalid(name, "must be above 0")),
-            _ => Ok(()),
-        };
-        let finite = |value: f64| value.is_finite() && value >= 0.0;
-        if !self.alphas.iter().copied().all(finite) {
-            return Err(Error::invalid("alpha", "must be a number from 0 on"));
+        match self.kind {
+            Kind::Logistic => self.logistic().check().map_err(unfit),
+            Kind::Lda => check_shrinkage(self.shrinkage()).map_err(unfit),
+            Kind::TwoLayer => self.two_layer().check(),
+            Kind::Attention => self.attention().check().map_err(unfit),
+            Kind::DifferenceOfMeans => Ok(()),
         }
-        if self
-            .shrinkage
-            .is_some_and(|value| !(value > 0.0 && value <= 1.0))
-        {
-            return Err(Error::invalid("shrinkage", "must lie in (0, 1]"));
-        }
-        if self
-            .learning_rate
-            .is_some_and(|rate| !(finite(rate) && rate > 0.0))
-        {
-            return Err(Error::invalid("learning_rate", "must be above 0"));
-        }
-        if self.weight_decay.is_some_and(|decay| !finite(decay)) {
-            return Err(Error::invalid("weight_decay", "must not be below 0"));
-        }
-        let heads = self.attention_heads;
-        if heads.is_some_and(|heads| !(1..=MAX_ATTENTION_HEADS).contains(&heads)) {
-            let message = format!("must be 1 to {MAX_ATTENTION_HEADS}");
-            return Err(Error::invalid("attention_heads", message));
-        }
-        if self
-            .hidden
-            .is_some_and(|units| !(1..=MAX_HEAD_OUTPUTS).contains(&units))
-        {
-            let message = format!("must be 1 to {MAX_HEAD_OUTPUTS}");
-            return Err(Error::invalid("hidden", message));
-        }
-        share("token_dropout", self.token_dropout)?;
-        above_0("epochs", self.epochs)?;
-        above_0("batch", self.batch)
     }
 
     /// Refuses gathers that the kind or the positions do not have.
@@ -231,7 +192,7 @@ impl Recipe {
         };
         match self.kind {
             Kind::Logistic | Kind::DifferenceOfMeans => {}
-            Kind::Lda => add("shrinkage", self.shrinkage.unwrap_or(SHRINKAGE).to_string()),
+            Kind::Lda => add("shrinkage", self.shrinkage().to_string()),
             Kind::TwoLayer => {
                 let params = self.two_layer();
                 add("hidden", params.hidden.to_string());
@@ -253,6 +214,10 @@ impl Recipe {
             }
         }
         text
+    }
+
+    fn shrinkage(&self) -> f64 {
+        self.shrinkage.unwrap_or(SHRINKAGE)
     }
 
     fn two_layer(&self) -> two_layer::Params {
@@ -340,7 +305,7 @@ pub fn learn(recipe: &Recipe, sites: &[Site], readings: &Readings<'_>) -> Result
         Kind::Lda => {
             let data = readings.views(recipe, sites)?;
             let data = data.weighted(recipe.class_weight, recipe.seed);
-            fit_lda(&data, site, recipe.shrinkage.unwrap_or(SHRINKAGE)).map_err(unfit)?
+            fit_lda(&data, site, recipe.shrinkage()).map_err(unfit)?
         }
         Kind::Logistic => {
             let data = readings.views(recipe, sites)?;
@@ -706,6 +671,19 @@ pub(super) mod tests {
         check(Kind::Logistic, |r| r.epochs = Some(4), "epochs");
         check(Kind::Attention, |r| r.alphas = vec![1.0, 2.0], "alpha");
         check(Kind::Lda, |r| r.held_out = 1.0, "held_out");
+        check(Kind::Lda, |r| r.shrinkage = Some(2.0), "shrinkage");
+        check(Kind::Logistic, |r| r.alphas = vec![f64::NAN], "alpha");
+        check(Kind::TwoLayer, |r| r.hidden = Some(100_000_000), "hidden");
+        check(
+            Kind::Attention,
+            |r| r.attention_heads = Some(20),
+            "attention_heads",
+        );
+        check(
+            Kind::Attention,
+            |r| r.token_dropout = Some(1.0),
+            "token_dropout",
+        );
         assert!(Recipe::new(Kind::TwoLayer, Gather::Last, 0).check().is_ok());
     }
 

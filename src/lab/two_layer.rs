@@ -59,7 +59,7 @@ pub struct Fitted {
 
 /// Fits on standardised states. Deterministic given the seed.
 pub fn fit(data: &FitData, site: Site, params: &Params) -> Result<Fitted> {
-    check(params)?;
+    params.check()?;
     let (norm, x) = data.normalised(NormKind::Standard).map_err(unfit)?;
     let rows = data.weighted_rows(params.class_weight, params.seed);
     let (count, width) = x.dim();
@@ -100,21 +100,24 @@ pub fn fit(data: &FitData, site: Site, params: &Params) -> Result<Fitted> {
     layers.fitted(site, norm, losses)
 }
 
-fn check(params: &Params) -> Result<()> {
-    if !(1..=inwit_probes::manifest::MAX_HEAD_OUTPUTS).contains(&params.hidden) {
-        let most = inwit_probes::manifest::MAX_HEAD_OUTPUTS;
-        return Err(Error::invalid("hidden", format!("must be 1 to {most}")));
+impl Params {
+    /// What can be judged without a state.
+    pub fn check(&self) -> Result<()> {
+        if !(1..=inwit_probes::manifest::MAX_HEAD_OUTPUTS).contains(&self.hidden) {
+            let most = inwit_probes::manifest::MAX_HEAD_OUTPUTS;
+            return Err(Error::invalid("hidden", format!("must be 1 to {most}")));
+        }
+        if self.epochs == 0 || self.batch == 0 {
+            return Err(Error::invalid("epochs, batch", "must be above 0"));
+        }
+        if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
+            return Err(Error::invalid("learning_rate", "must be above 0"));
+        }
+        if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
+            return Err(Error::invalid("weight_decay", "must not be below 0"));
+        }
+        Ok(())
     }
-    if params.epochs == 0 || params.batch == 0 {
-        return Err(Error::invalid("epochs, batch", "must be above 0"));
-    }
-    if !(params.learning_rate.is_finite() && params.learning_rate > 0.0) {
-        return Err(Error::invalid("learning_rate", "must be above 0"));
-    }
-    if !(params.weight_decay.is_finite() && params.weight_decay >= 0.0) {
-        return Err(Error::invalid("weight_decay", "must not be below 0"));
-    }
-    Ok(())
 }
 
 /// Inputs come first, so that gradients have the layout of what they change.

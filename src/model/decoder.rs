@@ -134,7 +134,24 @@ impl Decoder {
         picked: &[usize],
         refusals: &[RefusalRow<'_>],
     ) -> Result<Vec<f32>> {
+        let mut logits = Vec::new();
+        self.logits_into(hidden, picked, refusals, &mut logits)?;
+        Ok(logits)
+    }
+
+    /// The same in place of what `logits` holds: its memory, megabytes for many rows, serves again.
+    pub fn logits_into(
+        &self,
+        hidden: &Tensor,
+        picked: &[usize],
+        refusals: &[RefusalRow<'_>],
+        logits: &mut Vec<f32>,
+    ) -> Result<()> {
         let (d_model, vocab) = (self.config.d_model, self.config.vocab_size);
+        logits.resize(picked.len() * vocab, 0.0);
+        if picked.is_empty() {
+            return Ok(());
+        }
         let picked: Vec<f32> = host::read(hidden, |hidden| {
             let rows = picked.iter();
             rows.flat_map(|row| &hidden[row * d_model..(row + 1) * d_model])
@@ -142,20 +159,20 @@ impl Decoder {
                 .collect()
         })?;
         let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        let mut logits = match head {
-            Linear::Packed(weight) => weight.product(&picked),
+        match head {
+            Linear::Packed(weight) => weight.product_into(&picked, logits),
             Linear::Dense(_) => {
                 let rows = host::matrix(picked.clone(), d_model)?;
-                let logits = head.forward(&rows.to_device(&self.placement.device)?)?;
-                host::read(&logits, <[f32]>::to_vec)?
+                let made = head.forward(&rows.to_device(&self.placement.device)?)?;
+                host::read(&made, |made| logits.copy_from_slice(made))?;
             }
-        };
+        }
         for refusal in refusals {
             let hidden = &picked[refusal.row * d_model..(refusal.row + 1) * d_model];
             let logits = &mut logits[refusal.row * vocab..(refusal.row + 1) * vocab];
             add_refusal(refusal, hidden, logits);
         }
-        Ok(logits)
+        Ok(())
     }
 
     /// Bytes of all weights as they are kept.

@@ -20,9 +20,9 @@ use serde::{Deserialize, Serialize};
 pub use compile::{Catalog, MAX_HOLD_BACK, MAX_STRENGTH};
 pub use document::{DEFAULT_THRESHOLD, MAX_DOCUMENT_BYTES};
 pub use record::{
-    ActionTaken, DecisionRecord, DecisionSink, DecisionStep, InterventionRecord, LoggedOutput,
-    Outcome, PolicyIdentity, ProbeIdentity, PromptRecord, SamplingRecord, TimingsRecord,
-    TokenCounts, replay,
+    ActionTaken, DecisionRecord, DecisionSink, DecisionStep, InterventionRecord, Outcome,
+    PolicyIdentity, ProbeIdentity, PromptRecord, SamplingRecord, TimingsRecord, TokenCounts,
+    replay,
 };
 pub use state::{Decision, Failed, Fired, PolicyState, Reading};
 
@@ -171,6 +171,13 @@ pub struct Detector {
     pub calibration: Calibration,
     /// The detector fires when the gathered logit is above, strictly.
     pub threshold_logit: f32,
+}
+
+impl Detector {
+    /// Whether a gathered logit makes it fire.
+    fn is_above(&self, logit: f32) -> bool {
+        logit > self.threshold_logit
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -85,13 +85,15 @@ pub enum DecisionStep {
         position: u32,
         in_content: bool,
         is_last: bool,
-        outputs: Vec<Option<LoggedOutput>>,
+        #[serde(with = "written")]
+        outputs: Vec<Option<TokenOutput>>,
     },
     Generated {
         /// Counted from 1.
         k: u32,
         position: u32,
-        outputs: Vec<Option<LoggedOutput>>,
+        #[serde(with = "written")]
+        outputs: Vec<Option<TokenOutput>>,
     },
     EndOfAnswer {
         tokens: u32,
@@ -107,11 +109,6 @@ pub enum DecisionStep {
     },
     Rewind,
 }
-
-/// One probe's output for one token, exactly: a failure must fail again.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "WrittenOutput", into = "WrittenOutput")]
-pub struct LoggedOutput(TokenOutput);
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -199,12 +196,9 @@ impl DecisionRecord {
 /// Fails when the policy reads a probe that the record does not hold.
 pub fn replay(policy: &Policy, record: &DecisionRecord) -> Result<Outcome> {
     let order = probe_order(policy, record)?;
-    let arranged = |outputs: &[Option<LoggedOutput>]| -> Vec<Option<TokenOutput>> {
-        let output = |place: &Option<usize>| outputs.get((*place)?)?.as_ref();
-        order
-            .iter()
-            .map(|place| output(place).map(LoggedOutput::output))
-            .collect()
+    let arranged = |outputs: &[Option<TokenOutput>]| -> Vec<Option<TokenOutput>> {
+        let output = |place: &Option<usize>| outputs.get((*place)?)?.clone();
+        order.iter().map(output).collect()
     };
     let mut state = PolicyState::new(policy);
     let mut decisions = Vec::new();
@@ -265,15 +259,30 @@ fn probe_order(policy: &Policy, record: &DecisionRecord) -> Result<Vec<Option<us
     Ok(order)
 }
 
-impl LoggedOutput {
-    fn output(&self) -> TokenOutput {
-        self.0.clone()
-    }
-}
+/// Each probe's output for one token, exactly: a failure must fail again.
+mod written {
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
 
-impl From<TokenOutput> for LoggedOutput {
-    fn from(output: TokenOutput) -> Self {
-        Self(output)
+    use super::{TokenOutput, WrittenOutput};
+
+    pub(super) fn serialize<S: Serializer>(
+        outputs: &[Option<TokenOutput>],
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        to.collect_seq(
+            outputs
+                .iter()
+                .map(|output| output.as_ref().map(WrittenOutput::from)),
+        )
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Vec<Option<TokenOutput>>, D::Error> {
+        let written = Vec::<Option<WrittenOutput>>::deserialize(from)?.into_iter();
+        let outputs = written.map(|output| output.map(TokenOutput::try_from).transpose());
+        outputs.collect::<Result<_, _>>().map_err(D::Error::custom)
     }
 }
 
@@ -289,8 +298,8 @@ struct WrittenOutput {
     heads: Vec<[Exact; 2]>,
 }
 
-impl From<LoggedOutput> for WrittenOutput {
-    fn from(LoggedOutput(TokenOutput { logit, attention }): LoggedOutput) -> Self {
+impl From<&TokenOutput> for WrittenOutput {
+    fn from(TokenOutput { logit, attention }: &TokenOutput) -> Self {
         let written = |heads: &[(f32, f32)]| {
             let pairs = heads.iter();
             pairs
@@ -302,14 +311,14 @@ impl From<LoggedOutput> for WrittenOutput {
             heads => (None, written(heads)),
         };
         Self {
-            logit: logit.into(),
+            logit: (*logit).into(),
             key,
             heads,
         }
     }
 }
 
-impl TryFrom<WrittenOutput> for LoggedOutput {
+impl TryFrom<WrittenOutput> for TokenOutput {
     type Error = String;
 
     fn try_from(written: WrittenOutput) -> Result<Self, String> {
@@ -319,8 +328,8 @@ impl TryFrom<WrittenOutput> for LoggedOutput {
         let attention = AttentionHeads::new(pairs)
             .ok_or_else(|| format!("an output has at most {MAX_ATTENTION_HEADS} `heads`"))?;
         match written.key {
-            None => Ok(TokenOutput { logit, attention }.into()),
-            Some(key) if attention.is_empty() => Ok(TokenOutput::keyed(logit, key.into()).into()),
+            None => Ok(Self { logit, attention }),
+            Some(key) if attention.is_empty() => Ok(Self::keyed(logit, key.into())),
             Some(_) => Err("an output has `key` or `heads`, not both".into()),
         }
     }
@@ -375,6 +384,10 @@ mod tests {
     use super::super::testing::{COMPLIES, CONTENT, HARM, WRITING, policy};
     use super::*;
 
+    /// What a step holds of one token.
+    #[derive(Serialize, Deserialize)]
+    struct Outputs(#[serde(with = "written")] Vec<Option<TokenOutput>>);
+
     const RULES: &str = r#"
         [[rule]]
         name = "two-stage"
@@ -421,10 +434,10 @@ mod tests {
         }
     }
 
-    fn outputs(given: &[(usize, f32)]) -> Vec<Option<LoggedOutput>> {
-        let mut outputs = vec![Some(TokenOutput::logit(-9.0).into()); 4];
+    fn outputs(given: &[(usize, f32)]) -> Vec<Option<TokenOutput>> {
+        let mut outputs = vec![Some(TokenOutput::logit(-9.0)); 4];
         for (probe, logit) in given {
-            outputs[*probe] = Some(TokenOutput::logit(*logit).into());
+            outputs[*probe] = Some(TokenOutput::logit(*logit));
         }
         outputs
     }
@@ -450,12 +463,6 @@ mod tests {
     fn recorded(policy: &Policy, calls: Vec<DecisionStep>) -> DecisionRecord {
         let mut state = PolicyState::new(policy);
         let mut steps = Vec::new();
-        let live = |outputs: &[Option<LoggedOutput>]| -> Vec<Option<TokenOutput>> {
-            outputs
-                .iter()
-                .map(|output| output.as_ref().map(LoggedOutput::output))
-                .collect()
-        };
         for call in calls {
             match &call {
                 DecisionStep::Prompt {
@@ -464,11 +471,10 @@ mod tests {
                     is_last,
                     outputs,
                 } => {
-                    let outputs = live(outputs);
-                    state.observe_prompt(policy, *position, *in_content, *is_last, &outputs);
+                    state.observe_prompt(policy, *position, *in_content, *is_last, outputs);
                 }
                 DecisionStep::Generated { k, outputs, .. } => {
-                    state.observe_generated(policy, *k, *k, &live(outputs));
+                    state.observe_generated(policy, *k, *k, outputs);
                 }
                 DecisionStep::EndOfAnswer { tokens } => state.end_of_answer(policy, *tokens),
                 DecisionStep::Rewind => state.rewind(policy),
@@ -531,7 +537,7 @@ mod tests {
             let attention = heads.unwrap();
             let logit = attention.pairs().iter().map(|(value, _)| value).sum();
             let mut outputs = outputs(&[]);
-            outputs[CONTENT] = Some(TokenOutput { logit, attention }.into());
+            outputs[CONTENT] = Some(TokenOutput { logit, attention });
             DecisionStep::Prompt {
                 position,
                 in_content: true,
@@ -629,9 +635,9 @@ mod tests {
                 TokenOutput::keyed(logit, key),
                 TokenOutput { logit, attention },
             ] {
-                let text = serde_json::to_string(&LoggedOutput::from(output.clone())).unwrap();
-                let back: LoggedOutput = serde_json::from_str(&text).unwrap();
-                let back = back.output();
+                let text = serde_json::to_string(&Outputs(vec![Some(output.clone())])).unwrap();
+                let Outputs(back) = serde_json::from_str(&text).unwrap();
+                let back = back.into_iter().next().flatten().unwrap();
                 prop_assert!(same(back.logit, logit), "{} became {}", logit, back.logit);
                 let (back, pairs) = (back.attention.pairs(), output.attention.pairs());
                 prop_assert_eq!(back.len(), pairs.len());
@@ -644,16 +650,17 @@ mod tests {
 
     #[test]
     fn an_output_with_one_key_is_read_and_written_as_it_always_was() {
-        let text = r#"{"logit":1.5,"key":-0.25}"#;
-        let output: LoggedOutput = serde_json::from_str(text).unwrap();
-        assert_eq!(output.output(), TokenOutput::keyed(1.5, -0.25));
-        assert_eq!(serde_json::to_string(&output).unwrap(), text);
+        let text = r#"[{"logit":1.5,"key":-0.25},null]"#;
+        let outputs: Outputs = serde_json::from_str(text).unwrap();
+        assert_eq!(outputs.0, [Some(TokenOutput::keyed(1.5, -0.25)), None]);
+        assert_eq!(serde_json::to_string(&outputs).unwrap(), text);
     }
 
     #[test]
     fn an_output_with_too_many_heads_or_two_forms_is_refused() {
         let refused = |text: &str, reason: &str| {
-            let error = serde_json::from_str::<LoggedOutput>(text).unwrap_err();
+            let error = serde_json::from_str::<Outputs>(&format!("[{text}]"));
+            let error = error.map(|_| ()).unwrap_err();
             assert!(error.to_string().contains(reason), "{error}");
         };
         let many = format!(

@@ -96,14 +96,15 @@ struct Failure {
     reported: bool,
 }
 
-/// What a rule may count on for one of its detectors.
+/// What a rule may count on for one of its detectors. A logit and no probability: rules are asked
+/// at every step, and few of them need one.
 #[derive(Clone, Copy)]
-enum Conjunct {
+enum Conjunct<'a> {
     /// Not yet known, or never to be: anything is possible.
     Open,
     /// Known so far, and may still change.
-    Now(Reading),
-    Final(Reading),
+    Now(&'a Detector, f32),
+    Final(&'a Detector, f32),
     /// Final without a value: the gather saw fewer tokens than it needs to be positive.
     Negative,
 }
@@ -268,21 +269,18 @@ impl PolicyState {
     fn reading(&self, policy: &Policy, index: usize) -> Option<Reading> {
         let detector = policy.detectors.get(index)?;
         let state = self.detectors.get(index)?;
-        if state.failure.is_some() {
-            return None;
-        }
-        let logit = state.gather.value()?;
+        let (position, logit) = state.value()?;
         Some(Reading {
             detector: index,
-            position: state.position?,
+            position,
             logit,
             probability: detector.calibration.probability(logit),
             threshold: detector.threshold_logit,
-            fired: logit > detector.threshold_logit,
+            fired: detector.is_above(logit),
         })
     }
 
-    fn conjunct(&self, policy: &Policy, index: usize) -> Conjunct {
+    fn conjunct<'a>(&self, policy: &'a Policy, index: usize) -> Conjunct<'a> {
         let (Some(detector), Some(state)) =
             (policy.detectors.get(index), self.detectors.get(index))
         else {
@@ -291,36 +289,34 @@ impl PolicyState {
         if state.failure.is_some() {
             return Conjunct::Open;
         }
-        match (self.reading(policy, index), state.is_final) {
-            (Some(reading), true) => Conjunct::Final(reading),
+        match (state.value(), state.is_final) {
+            (Some((_, logit)), true) => Conjunct::Final(detector, logit),
             (None, true) => Conjunct::Negative,
             // In the middle of a prompt a gather is half done: not yet known.
-            (Some(reading), false) if detector.positions == Positions::EveryGenerated => {
-                Conjunct::Now(reading)
+            (Some((_, logit)), false) if detector.positions == Positions::EveryGenerated => {
+                Conjunct::Now(detector, logit)
             }
             (_, false) => Conjunct::Open,
         }
     }
 
-    /// The rule's readings if it fires: all known, and above.
-    fn evidence(&self, policy: &Policy, rule: &Rule) -> Option<Vec<Reading>> {
-        let known = |detector: &usize| match self.conjunct(policy, *detector) {
-            Conjunct::Now(reading) | Conjunct::Final(reading) => Some(reading),
+    /// Whether the rule's detectors are all known, and above.
+    fn fires(&self, policy: &Policy, rule: &Rule) -> bool {
+        let known = |index: &usize| match self.conjunct(policy, *index) {
+            Conjunct::Now(detector, logit) | Conjunct::Final(detector, logit) => {
+                Some((detector, logit))
+            }
             Conjunct::Open | Conjunct::Negative => None,
         };
-        let readings: Vec<_> = rule
-            .when
-            .detectors()
-            .iter()
-            .map(known)
-            .collect::<Option<_>>()?;
-        let fires = match &rule.when {
-            When::Detector(_) | When::All(_) => readings.iter().all(|reading| reading.fired),
-            When::Product { threshold, .. } => {
-                product(readings.iter().map(|reading| reading.probability)) > *threshold
-            }
-        };
-        fires.then_some(readings)
+        let mut conjuncts = rule.when.detectors().iter().map(known);
+        match &rule.when {
+            When::Detector(_) | When::All(_) => conjuncts
+                .all(|known| known.is_some_and(|(detector, logit)| detector.is_above(logit))),
+            When::Product { threshold, .. } => conjuncts
+                .map(|known| known.map(|(detector, logit)| detector.calibration.probability(logit)))
+                .try_fold(1.0, |product, probability| Some(product * probability?))
+                .is_some_and(|product: f32| product > *threshold),
+        }
     }
 
     /// Whether the most that the rule can still reach is not above its threshold: what is final
@@ -330,15 +326,15 @@ impl PolicyState {
         let mut conjuncts = conjuncts.map(|detector| self.conjunct(policy, *detector));
         match &rule.when {
             When::Detector(_) | When::All(_) => conjuncts.any(|conjunct| match conjunct {
-                Conjunct::Final(reading) => !reading.fired,
+                Conjunct::Final(detector, logit) => !detector.is_above(logit),
                 Conjunct::Negative => true,
-                Conjunct::Open | Conjunct::Now(_) => false,
+                Conjunct::Open | Conjunct::Now(..) => false,
             }),
             When::Product { threshold, .. } => {
                 let most = conjuncts.map(|conjunct| match conjunct {
-                    Conjunct::Final(reading) => reading.probability,
+                    Conjunct::Final(detector, logit) => detector.calibration.probability(logit),
                     Conjunct::Negative => 0.0,
-                    Conjunct::Open | Conjunct::Now(_) => 1.0,
+                    Conjunct::Open | Conjunct::Now(..) => 1.0,
                 });
                 product(most) <= *threshold
             }
@@ -367,10 +363,10 @@ impl PolicyState {
     fn fire(&mut self, policy: &Policy) -> Vec<Fired> {
         let mut fired = Vec::new();
         for (index, rule) in policy.rules.iter().enumerate() {
-            if self.has_fired(index) {
-                continue;
-            }
-            if let Some(evidence) = self.evidence(policy, rule) {
+            if !self.has_fired(index) && self.fires(policy, rule) {
+                let detectors = rule.when.detectors().iter();
+                let evidence = detectors.filter_map(|detector| self.reading(policy, *detector));
+                let evidence = evidence.collect();
                 fired.push((
                     rule.action.action(),
                     Fired {
@@ -393,6 +389,9 @@ impl PolicyState {
 
     fn report_failures(&mut self, policy: &Policy) -> Vec<Failed> {
         let mut failed: Vec<Failed> = Vec::new();
+        if self.detectors.iter().all(|state| state.failure.is_none()) {
+            return failed;
+        }
         for (index, detector) in policy.detectors.iter().enumerate() {
             let Some(reason) = self
                 .detectors
@@ -440,6 +439,13 @@ impl DetectorState {
             at_prompt: None,
             failure: None,
         }
+    }
+
+    /// Where the last gathered token is, and what was gathered; none while there is nothing, and
+    /// for good after a failure.
+    fn value(&self) -> Option<(u32, f32)> {
+        let value = || Some((self.position?, self.gather.value()?));
+        self.failure.is_none().then(value)?
     }
 
     fn take(&mut self, position: u32, output: Option<&TokenOutput>) {

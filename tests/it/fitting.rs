@@ -199,6 +199,12 @@ fn states_that_were_collected_give_the_same_probe_without_the_model_s_work() {
         ),
         "is given twice",
     );
+    for folder in ["sweep", "curve"] {
+        assert!(
+            !bench.path(folder).exists(),
+            "a folder for nothing: {folder}"
+        );
+    }
 }
 
 #[test]

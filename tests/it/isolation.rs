@@ -161,6 +161,7 @@ fn so_do_they_with_weights_of_few_bits() {
         // What is chosen for the default model.
         (WeightFormat::AsIs, KvType::Bf16),
         (WeightFormat::Q8_0, KvType::F32),
+        (WeightFormat::Q4_1, KvType::Bf16),
     ] {
         let model = "llama/model-mixed.gguf";
         check_in_company(

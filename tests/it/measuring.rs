@@ -48,6 +48,83 @@ fn a_benchmark_refuses_what_its_parts_would_not_read() {
 }
 
 #[test]
+fn help_names_no_flag_that_a_command_always_refuses() {
+    for (command, refused) in [
+        (&["bench"][..], &["--library", "--max-running"][..]),
+        (
+            &["lab", "quality"],
+            &[
+                "--library",
+                "--device",
+                "--max-running",
+                "--kv-memory",
+                "--context-limit",
+            ],
+        ),
+    ] {
+        let output = inwit(&[command, &["--help"]].concat());
+        let help = String::from_utf8_lossy(&output.stdout);
+        assert!(help.contains("--weights <FORMAT>"), "{help}");
+        for flag in refused {
+            assert!(!help.contains(flag), "{flag} in {help}");
+        }
+    }
+}
+
+#[test]
+fn what_a_weight_format_costs_is_written_where_it_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let [text, file] = ["text.txt", "quality.json"].map(|name| folder.path().join(name));
+    std::fs::write(
+        &text,
+        "A river runs through the valley, and the mill stands beside it. ".repeat(20),
+    )
+    .unwrap();
+    let model = golden("llama/hf");
+    let quality = |format: &str, json: &Path| {
+        let [model, text, json] = [&model, &text, json].map(|path| path.to_str().unwrap());
+        inwit(&[
+            "lab",
+            "quality",
+            "--model",
+            model,
+            "--text",
+            text,
+            "--weights",
+            format,
+            "--kv",
+            "f32",
+            "--json",
+            json,
+        ])
+    };
+    for (format, held, least) in [
+        ("f32", "f32", 1.0 - 1e-6),
+        ("q8_0", "q8_0", 0.999),
+        // The layers at 4 bits, embedding and head at 8.
+        ("q4_1", "q4_1+q8_0", 0.9),
+    ] {
+        let output = quality(format, &file);
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{told}");
+        let report = read(&file);
+        assert_eq!(report["weights"], held);
+        numbers(
+            &report,
+            &["tokens", "perplexity", "mean_kl", "top1_agreement"],
+        );
+        let cosine = report["least_cosine"].as_f64().unwrap();
+        assert!(cosine >= least && cosine <= 1.0 + 1e-6, "{report}");
+        assert!(
+            format == "f32" || cosine < 1.0 - 1e-6,
+            "nothing was rounded: {report}"
+        );
+    }
+    let output = quality("q8_0", &text);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("would be lost"));
+}
+
+#[test]
 fn a_benchmark_writes_every_row_that_readers_of_its_file_rely_on() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("bench.json");
@@ -95,8 +172,13 @@ fn a_benchmark_writes_every_row_that_readers_of_its_file_rely_on() {
             );
         }
     }
+    const MEASURED: [&str; 3] = ["tokens_per_second", "p50_ms", "p99_ms"];
     for row in rows {
-        numbers(row, &["tokens_per_second", "p50_ms", "p99_ms"]);
+        // The tiny model's answers may have ended before all three were being written.
+        match row["name"] == "decode" && row["streams"] == 3 && row["tokens_per_second"].is_null() {
+            true => assert!(MEASURED.iter().all(|key| row[*key].is_null()), "{row}"),
+            false => numbers(row, &MEASURED),
+        }
     }
     let added = report["added"].as_array().unwrap();
     assert_eq!(added.len(), 8);

@@ -308,35 +308,33 @@ impl<'a> Batch<'a> {
 }
 
 impl AttentionParams {
-    fn check(&self) -> Result<()> {
+    /// What can be judged without data.
+    pub fn check(&self) -> Result<()> {
         let positive = |x: f32| x.is_finite() && x > 0.0;
         if !(1..=MAX_ATTENTION_HEADS).contains(&self.heads) {
-            return Err(Error::data(
+            return Err(Error::invalid(
                 "attention_heads",
                 format!("must be 1 to {MAX_ATTENTION_HEADS}"),
             ));
         }
         if self.epochs == 0 || self.batch == 0 || !positive(self.learning_rate) {
-            return Err(Error::data(
+            return Err(Error::invalid(
                 "epochs, batch, learning_rate",
                 "must be above 0",
             ));
         }
         if !(0.0..1.0).contains(&self.token_dropout) {
-            return Err(Error::data(
+            return Err(Error::invalid(
                 "token_dropout",
                 "must be at least 0 and below 1",
             ));
         }
         let not_below_0 = |x: f32| x.is_finite() && x >= 0.0;
         if !(not_below_0(self.alpha) && not_below_0(self.weight_decay)) {
-            return Err(Error::data(
+            return Err(Error::invalid(
                 "alpha, weight_decay",
                 "must be finite and not below 0",
             ));
-        }
-        if !(0.0..1.0).contains(&self.token_dropout) {
-            return Err(Error::data("token_dropout", "must lie in [0, 1)"));
         }
         Ok(())
     }

@@ -10,14 +10,20 @@ use crate::manifest::NormKind;
 use crate::probe::Head;
 use crate::site::Site;
 
+/// Refuses a share that does not shrink, or more than all of it.
+pub fn check_shrinkage(shrinkage: f64) -> Result<()> {
+    match shrinkage > 0.0 && shrinkage <= 1.0 {
+        true => Ok(()),
+        false => Err(Error::invalid("shrinkage", "must lie in (0, 1]")),
+    }
+}
+
 /// `w = ((1 - s) C + s m I)^-1 (mean of positives - mean of negatives)` on standardised inputs,
 /// with `C` the covariance within the classes, `m` its mean variance and `0 < s <= 1`.
 /// Scaled like `fit_difference_of_means`.
 pub fn fit_lda(data: &FitData, site: Site, shrinkage: f64) -> Result<Head> {
     data.check()?;
-    if !(shrinkage > 0.0 && shrinkage <= 1.0) {
-        return Err(Error::data("shrinkage", "must lie in (0, 1]"));
-    }
+    check_shrinkage(shrinkage)?;
     let (norm, x) = normalised(&data.x, NormKind::Standard)?;
     let (positive, negative) = class_means(&x, &data.y);
     let mut covariance = within_classes(&x, &data.y, &positive, &negative);

@@ -91,19 +91,20 @@ pub fn fit_logistic(data: &FitData, site: Site, params: &LogisticParams) -> Resu
 }
 
 impl LogisticParams {
-    fn check(&self) -> Result<()> {
+    /// What can be judged without data.
+    pub fn check(&self) -> Result<()> {
         let sound = |alpha: &f64| alpha.is_finite() && *alpha > 0.0;
         if self.alphas.is_empty() || !self.alphas.iter().all(sound) {
-            return Err(Error::data(
+            return Err(Error::invalid(
                 "alphas",
                 "must be finite and above 0, and at least one",
             ));
         }
         if self.alphas.len() > 1 && !(2..=100).contains(&self.folds) {
-            return Err(Error::data("folds", "must lie between 2 and 100"));
+            return Err(Error::invalid("folds", "must lie between 2 and 100"));
         }
         if self.max_iterations == 0 {
-            return Err(Error::data("max_iterations", "must be above 0"));
+            return Err(Error::invalid("max_iterations", "must be above 0"));
         }
         Ok(())
     }

@@ -23,7 +23,7 @@ use crate::probe::InputNorm;
 
 pub use attention::{AttentionData, AttentionFit, AttentionParams, TokenStates, fit_attention};
 pub use calibrate::{isotonic, operating_point, platt};
-pub use lda::fit_lda;
+pub use lda::{check_shrinkage, fit_lda};
 pub use logistic::{CrossValidation, LogisticFit, LogisticParams, fit_logistic};
 pub use means::{difference_of_means, fit_difference_of_means};
 pub use null_space::{Avoid, OffSubspace, off_subspace};

@@ -29,18 +29,18 @@ impl Decoder {
             Family::Qwen3 => qwen3::block,
             Family::Gemma3 => gemma3::block,
         };
-        let (vocab, d_model) = (source.config.vocab_size, source.config.d_model);
+        let d_model = source.config.d_model;
         let decoder = Self {
             config: source.config.clone(),
             placement: placement.clone(),
-            embed_tokens: loader.linear(&[("model.embed_tokens", vocab)], d_model)?,
+            embed_tokens: loader.vocabulary("model.embed_tokens")?,
             layers: (0..source.config.n_layers)
                 .map(|layer| block(&loader, layer))
                 .collect::<Result<_>>()?,
             norm: loader.norm("model.norm", d_model)?,
             lm_head: match source.config.tied_embeddings {
                 true => None,
-                false => Some(loader.linear(&[("lm_head", vocab)], d_model)?),
+                false => Some(loader.vocabulary("lm_head")?),
             },
         };
         source.check_all_used()?;
@@ -70,6 +70,20 @@ impl Loader<'_> {
         }
         let outputs = parts.iter().map(|(_, outputs)| outputs).sum();
         Linear::new(stacked, outputs, inputs, self.placement)
+    }
+
+    /// Embedding or head: `[vocab, d_model]`.
+    fn vocabulary(&self, name: &str) -> Result<Linear> {
+        let placement = Placement {
+            weights: self.placement.weights.of_vocabulary(),
+            ..self.placement.clone()
+        };
+        let loader = Loader {
+            source: self.source,
+            config: self.config,
+            placement: &placement,
+        };
+        loader.linear(&[(name, self.config.vocab_size)], self.config.d_model)
     }
 
     /// The same as the file holds them, where that is wished and all are held alike.

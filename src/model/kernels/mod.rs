@@ -81,3 +81,13 @@ fn emit<const R: usize, const PANEL: usize>(
         store(first + offset, values);
     }
 }
+
+/// The first of `values`, as many as `target` holds. A whole panel, which is what nearly all are,
+/// is copied in registers.
+#[inline(always)]
+fn store<const PANEL: usize>(target: &mut [f32], values: &[f32; PANEL]) {
+    match <&mut [f32; PANEL]>::try_from(&mut *target) {
+        Ok(target) => *target = *values,
+        Err(_) => target.copy_from_slice(&values[..target.len()]),
+    }
+}

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::pool::{current_threads, new_rows_in_pieces, parallel_long, pieces_of};
 use super::quantised::{QuantKind, QuantMatrix, Rounding};
-use super::{SharedOut, emit};
+use super::{SharedOut, emit, store};
 
 /// Outputs per panel: four AVX-512 registers, eight AVX2 ones.
 const PANEL: usize = 64;
@@ -25,6 +25,9 @@ pub enum WeightFormat {
     Bf16,
     /// Every matrix rounded to 8 bits, 32 weights to a scale.
     Q8_0,
+    /// The matrices of the layers rounded to 4 bits, 32 weights to a scale and a minimum;
+    /// embedding and head to 8.
+    Q4_1,
     /// Each matrix as the file holds it where a kernel takes that, else f32, which loses nothing.
     AsIs,
 }
@@ -35,8 +38,19 @@ impl std::fmt::Display for WeightFormat {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
             Self::Q8_0 => "q8_0",
+            Self::Q4_1 => "q4_1",
             Self::AsIs => "as-is",
         })
+    }
+}
+
+impl WeightFormat {
+    /// How embedding and head are held: four bits would cost them most.
+    pub fn of_vocabulary(self) -> Self {
+        match self {
+            Self::Q4_1 => Self::Q8_0,
+            format => format,
+        }
     }
 }
 
@@ -88,10 +102,12 @@ impl PackedMatrix {
             outputs * inputs,
             "weight is [outputs, inputs]"
         );
+        let rounded = |kind| Panels::Quantised(QuantMatrix::round(weight, outputs, inputs, kind));
         let panels = match format {
             WeightFormat::F32 | WeightFormat::AsIs => Panels::F32(pack(weight, outputs, inputs)),
             WeightFormat::Bf16 => Panels::Bf16(pack(weight, outputs, inputs)),
-            WeightFormat::Q8_0 => Panels::Quantised(QuantMatrix::round(weight, outputs, inputs)),
+            WeightFormat::Q8_0 => rounded(QuantKind::Q8_0),
+            WeightFormat::Q4_1 => rounded(QuantKind::Q4_1),
         };
         Self {
             outputs,
@@ -201,7 +217,7 @@ impl PackedMatrix {
                 let target = unsafe {
                     std::slice::from_raw_parts_mut(out.0.add(row * outputs + index * PANEL), width)
                 };
-                target.copy_from_slice(&values[..width]);
+                store(target, values);
             });
         };
         let panel_len = inputs * PANEL;

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::elementwise::ROUND;
 use super::pool::{current_threads, parallel, parallel_long, pieces_of};
-use super::{SharedOut, emit};
+use super::{SharedOut, emit, store};
 
 /// Inputs that share a scale.
 pub const QUANT_BLOCK: usize = 32;
@@ -192,24 +192,52 @@ impl Block {
         block
     }
 
-    /// The nearest 8-bit block to 32 numbers: the scale that takes the largest to 127.
-    fn nearest(values: &[f32]) -> Self {
+    /// 32 numbers rounded.
+    fn nearest(kind: QuantKind, values: &[f32]) -> Self {
+        match kind {
+            QuantKind::Q4_1 => Self::between_ends(values),
+            QuantKind::Q8_0 => Self::around_zero(values),
+        }
+    }
+
+    /// To 4 bits: in steps from the smallest to the largest.
+    fn between_ends(values: &[f32]) -> Self {
+        let ends = |(low, high): (f32, f32), value: &f32| (low.min(*value), high.max(*value));
+        let (low, high) = values.iter().fold((f32::INFINITY, f32::NEG_INFINITY), ends);
+        let mut block = Self {
+            scale: f16::from_f32((high - low) / 15.0),
+            minimum: f16::from_f32(low),
+            ..Self::ZERO
+        };
+        let (inverse, minimum) = (inverse(block.scale), block.minimum.to_f32());
+        for (quant, value) in block.quants.iter_mut().zip(values) {
+            let steps = (value - minimum) * inverse;
+            *quant = steps.round_ties_even().clamp(0.0, 15.0) as i16;
+        }
+        block
+    }
+
+    /// To 8 bits: the scale that takes the largest to 127.
+    fn around_zero(values: &[f32]) -> Self {
         let most = values
             .iter()
             .fold(0f32, |most, value| most.max(value.abs()));
-        let scale = f16::from_f32(most / 127.0);
-        let inverse = match scale.to_f32() {
-            0.0 => 0.0,
-            scale => 1.0 / scale,
-        };
         let mut block = Self {
-            scale,
+            scale: f16::from_f32(most / 127.0),
             ..Self::ZERO
         };
+        let inverse = inverse(block.scale);
         for (quant, value) in block.quants.iter_mut().zip(values) {
             *quant = (value * inverse).round_ties_even().clamp(-127.0, 127.0) as i16;
         }
         block
+    }
+}
+
+fn inverse(scale: f16) -> f32 {
+    match scale.to_f32() {
+        0.0 => 0.0,
+        scale => 1.0 / scale,
     }
 }
 
@@ -230,17 +258,17 @@ impl QuantMatrix {
         })
     }
 
-    /// Rounds `weight`, row-major `[outputs, inputs]`, to 8 bits.
-    pub(super) fn round(weight: &[f32], outputs: usize, inputs: usize) -> Self {
+    /// Rounds `weight`, row-major `[outputs, inputs]`.
+    pub(super) fn round(weight: &[f32], outputs: usize, inputs: usize, kind: QuantKind) -> Self {
         assert_eq!(
             weight.len(),
             outputs * inputs,
             "weight is [outputs, inputs]"
         );
-        Self::fill(outputs, inputs, QuantKind::Q8_0, |row, block| {
+        Self::fill(outputs, inputs, kind, |row, block| {
             let row = &weight[row * inputs..(row + 1) * inputs];
             let end = inputs.min((block + 1) * QUANT_BLOCK);
-            Block::nearest(&row[block * QUANT_BLOCK..end])
+            Block::nearest(kind, &row[block * QUANT_BLOCK..end])
         })
     }
 
@@ -334,7 +362,7 @@ impl QuantMatrix {
                     )
                 };
                 match part {
-                    0 => target.copy_from_slice(&values[..width]),
+                    0 => store(target, values),
                     _ => target
                         .iter_mut()
                         .zip(values)
@@ -1018,11 +1046,40 @@ mod tests {
     fn rounded_weights_and_inputs_are_near_the_exact_product() {
         let (outputs, inputs) = (40, 50);
         let (w, x) = (numbers(outputs * inputs, 1), numbers(inputs, 2));
-        let y = product(&QuantMatrix::round(&w, outputs, inputs), &x);
         let scale = (inputs as f32).sqrt();
-        for (y, w) in y.iter().zip(w.chunks_exact(inputs)) {
-            let exact: f32 = w.iter().zip(&x).map(|(w, x)| w * x).sum();
-            assert!((y - exact).abs() < 0.01 * scale, "{y} for {exact}");
+        for (kind, most) in [(QuantKind::Q8_0, 0.01), (QuantKind::Q4_1, 0.1)] {
+            let y = product(&QuantMatrix::round(&w, outputs, inputs, kind), &x);
+            for (y, w) in y.iter().zip(w.chunks_exact(inputs)) {
+                let exact: f32 = w.iter().zip(&x).map(|(w, x)| w * x).sum();
+                assert!(
+                    (y - exact).abs() < most * scale,
+                    "{kind:?}: {y} for {exact}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn four_bits_keep_both_ends_of_a_block_and_are_half_a_step_off_at_most() {
+        let (outputs, inputs) = (40, 64);
+        // Blocks far from zero, which 8 bits around it would treat worse.
+        let w: Vec<f32> = numbers(outputs * inputs, 3)
+            .iter()
+            .map(|w| w + 3.0)
+            .collect();
+        let matrix = QuantMatrix::round(&w, outputs, inputs, QuantKind::Q4_1);
+        let mut row = vec![0.0; inputs];
+        for (index, w) in w.chunks_exact(inputs).enumerate() {
+            matrix.row(index, &mut row);
+            for (rounded, w) in row.chunks(QUANT_BLOCK).zip(w.chunks(QUANT_BLOCK)) {
+                let low = w.iter().copied().fold(f32::INFINITY, f32::min);
+                let high = w.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                // Scale and minimum are of 16 bits.
+                let half_a_step = (high - low) / 30.0 + high / 512.0;
+                for (rounded, w) in rounded.iter().zip(w) {
+                    assert!((rounded - w).abs() <= half_a_step, "{rounded} for {w}");
+                }
+            }
         }
     }
 
@@ -1060,7 +1117,7 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_stays_so_and_spoils_no_other_row() {
-        let matrix = QuantMatrix::round(&numbers(40 * 64, 1), 40, 64);
+        let matrix = QuantMatrix::round(&numbers(40 * 64, 1), 40, 64, QuantKind::Q8_0);
         let mut x = numbers(3 * 64, 2);
         let clean = product(&matrix, &x);
         x[64 + 5] = f32::INFINITY;
@@ -1073,8 +1130,12 @@ mod tests {
 
     #[test]
     fn zeros_and_numbers_too_small_to_scale_give_zero() {
-        let matrix = QuantMatrix::round(&numbers(32 * 32, 1), 32, 32);
-        assert_eq!(product(&matrix, &[0.0; 32]), [0.0; 32]);
-        assert_eq!(product(&matrix, &[1e-44; 32]), [0.0; 32]);
+        for kind in KINDS {
+            let matrix = QuantMatrix::round(&numbers(32 * 32, 1), 32, 32, kind);
+            assert_eq!(product(&matrix, &[0.0; 32]), [0.0; 32]);
+            assert_eq!(product(&matrix, &[1e-44; 32]), [0.0; 32]);
+            let zeros = QuantMatrix::round(&[0.0; 32 * 32], 32, 32, kind);
+            assert_eq!(product(&zeros, &numbers(32, 2)), [0.0; 32]);
+        }
     }
 }

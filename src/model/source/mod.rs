@@ -222,16 +222,22 @@ impl Source {
 
     /// What all weights take in memory when they are held as `format`, in bytes.
     pub fn weight_bytes(&self, format: WeightFormat) -> u64 {
-        let bytes = |stored: &StoredTensor| {
+        let bytes = |(name, stored): (&String, &StoredTensor)| {
             let elements = stored.entry.shape.iter().product::<usize>() as u64;
+            let of_vocabulary = name.contains("embed_tokens") || name.contains("lm_head");
+            let format = match of_vocabulary {
+                true => format.of_vocabulary(),
+                false => format,
+            };
             match (format, stored.entry.stored_type.kernel()) {
                 (WeightFormat::Bf16, _) => 2 * elements,
                 (WeightFormat::Q8_0, _) => elements / 32 * 34,
+                (WeightFormat::Q4_1, _) => elements / 32 * 20,
                 (WeightFormat::AsIs, Some(kind)) => elements / 32 * kind.block_bytes() as u64,
                 (WeightFormat::F32 | WeightFormat::AsIs, _) => 4 * elements,
             }
         };
-        self.tensors.values().map(bytes).sum()
+        self.tensors.iter().map(bytes).sum()
     }
 
     fn mark_asked(&self, name: &str) {
