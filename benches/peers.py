@@ -251,6 +251,8 @@ def inwit(options):
     streams = ["--streams", ",".join(map(str, STREAMS))]
     report = run("throughput", *streams, *(str(word) for size in sizes.items() for word in size))
     rows = {(row["name"], row["streams"]): row["tokens_per_second"] for row in report["rows"] if row["monitor"] == "off"}
+    if None in rows.values():
+        raise RuntimeError("its answers ended before all streams were writing")
     settings = report["settings"]
     result = {"prefill": rows["prefill", 1], "decode": {str(n): rows["decode", n] for n in STREAMS}}
     return {

@@ -19,7 +19,7 @@ from pathlib import Path
 
 # Nothing but the library belongs into this folder.
 sys.dont_write_bytecode = True
-from make import DATA, FIT, HERE, PAIR, read, write  # noqa: E402
+from make import DATA, FIT, HERE, PAIR, RESPONSE_FIT, read, write  # noqa: E402
 
 ROOT = HERE.parent.parent
 REPORTS = ROOT / "docs/reports"
@@ -92,13 +92,13 @@ def main():
         for row in read(out / "labelled.jsonl"):
             if row["label"] not in ("complied", "refused"):
                 continue
-            kept = {key: row[key] for key in ("id", "text", "answer", "group")}
+            kept = {key: row[key] for key in ("id", "text", "answer", "group", "category")}
             harm = row["prompt_label"] == "harmful" and row["label"] == "complied"
             complied.append({**kept, "label": row["label"]})
             harms.append({**kept, "label": "harmful" if harm else "benign"})
         for name, rows, fitted, reading in (
             ("compliance", complied, "compliance_fit", ["--positions", "generated:3"]),
-            ("response_harm", harms, "response_fit", ["--positions", "every_generated", "--gather", "mean"]),
+            ("response_harm", harms, "response_fit", ["--positions", "every_generated", "--kind", "attention", *RESPONSE_FIT]),
         ):
             data, fitted = out / f"dev_answers_{name}.jsonl", work / f"{fitted}.jsonl"
             write(data, rows)

@@ -63,24 +63,29 @@ impl Opened {
     }
 }
 
-/// A folder that goes again where it was made here and nothing came to lie in it.
-struct OutFolder(Option<PathBuf>);
+/// The folders that were made here, the innermost first; they go again where nothing came to lie in
+/// them.
+struct OutFolder(Vec<PathBuf>);
 
 impl OutFolder {
     fn make(path: &Path) -> Result<Self> {
-        let made = !path.exists();
+        let missing = path.ancestors().take_while(|folder| {
+            // The last ancestor of a relative path has no name.
+            !folder.as_os_str().is_empty() && !folder.exists()
+        });
+        let missing = missing.map(Path::to_owned).collect();
         std::fs::create_dir_all(path)
             .map_err(|error| Error::file(path.display(), format!("cannot be made: {error}")))?;
-        Ok(Self(made.then(|| path.to_owned())))
+        Ok(Self(missing))
     }
 }
 
 impl Drop for OutFolder {
     fn drop(&mut self) {
-        // Refused for a folder that holds something.
-        self.0
-            .iter()
-            .for_each(|path| drop(std::fs::remove_dir(path)));
+        // Refused for a folder that holds something, and then for those around it.
+        for folder in &self.0 {
+            let _ = std::fs::remove_dir(folder);
+        }
     }
 }
 

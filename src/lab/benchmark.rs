@@ -574,12 +574,13 @@ fn row(
 ) -> Row {
     let mut times: Vec<f64> = times.into_iter().map(milliseconds).collect();
     times.sort_unstable_by(f64::total_cmp);
-    let at = |percent: f64| (!times.is_empty()).then(|| percentile(&times, percent));
+    let measured = tokens_per_second.is_finite() && !times.is_empty();
+    let at = |percent: f64| measured.then(|| percentile(&times, percent));
     Row {
         name,
         streams,
         monitor,
-        tokens_per_second: Some(tokens_per_second).filter(|rate| rate.is_finite()),
+        tokens_per_second: measured.then_some(tokens_per_second),
         p50_ms: at(50.0),
         p99_ms: at(99.0),
     }
@@ -615,6 +616,16 @@ mod tests {
         assert_eq!((together.tokens, together.time), (0, Duration::ZERO));
         let row = row("decode", 2, Monitor::Off, f64::NAN, together.gaps);
         assert_eq!((row.tokens_per_second, row.p99_ms), (None, None));
+    }
+
+    #[test]
+    fn a_row_is_measured_whole_or_not_at_all() {
+        let mut together = Together::default();
+        // One token while both were writing, and no two.
+        together.take(&[timeline(&[10, 30]), timeline(&[20, 50])]);
+        assert_eq!((together.tokens, together.gaps.len()), (1, 0));
+        let row = row("decode", 2, Monitor::Off, 100.0, together.gaps);
+        assert_eq!((row.tokens_per_second, row.p50_ms), (None, None));
     }
 
     #[test]

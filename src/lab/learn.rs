@@ -663,7 +663,7 @@ pub(super) mod tests {
             let mut bad = Recipe::new(kind, Gather::Last, 0);
             change(&mut bad);
             let error = bad.check().expect_err("refused").to_string();
-            assert!(error.starts_with(field), "{error}");
+            assert!(error.starts_with(&format!("{field}: ")), "{error}");
         };
         check(Kind::Lda, |r| r.alphas = vec![1.0], "alpha");
         check(Kind::Logistic, |r| r.shrinkage = Some(0.1), "shrinkage");
@@ -674,6 +674,13 @@ pub(super) mod tests {
         check(Kind::Lda, |r| r.shrinkage = Some(2.0), "shrinkage");
         check(Kind::Logistic, |r| r.alphas = vec![f64::NAN], "alpha");
         check(Kind::TwoLayer, |r| r.hidden = Some(100_000_000), "hidden");
+        check(Kind::TwoLayer, |r| r.epochs = Some(0), "epochs");
+        check(Kind::Attention, |r| r.batch = Some(0), "batch");
+        check(
+            Kind::Attention,
+            |r| r.weight_decay = Some(-1.0),
+            "weight_decay",
+        );
         check(
             Kind::Attention,
             |r| r.attention_heads = Some(20),

@@ -107,8 +107,10 @@ impl Params {
             let most = inwit_probes::manifest::MAX_HEAD_OUTPUTS;
             return Err(Error::invalid("hidden", format!("must be 1 to {most}")));
         }
-        if self.epochs == 0 || self.batch == 0 {
-            return Err(Error::invalid("epochs, batch", "must be above 0"));
+        for (name, count) in [("epochs", self.epochs), ("batch", self.batch)] {
+            if count == 0 {
+                return Err(Error::invalid(name, "must be above 0"));
+            }
         }
         if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
             return Err(Error::invalid("learning_rate", "must be above 0"));

@@ -9,7 +9,7 @@ use super::attention::Attention;
 use super::batch::Batch;
 use super::config::ModelConfig;
 use super::host;
-use super::kernels::{add, dot, new_rows};
+use super::kernels::{WeightFormat, add, dot, new_rows};
 use super::kv::KvCache;
 use super::layers::{Linear, Mlp, Placement, RmsNorm, RopeRows};
 use crate::error::{Error, Result};
@@ -180,10 +180,15 @@ impl Decoder {
         self.matrices().map(Linear::bytes).sum()
     }
 
-    /// How the matrices are held, e.g. `q4_1+q8_0`.
+    /// How the matrices are held, e.g. `q4_1+q8_0`. Equal names of one file mean equal bits: what a
+    /// file holds in 4 bits and what was rounded to them when it was loaded differ.
     pub fn weights_held_as(&self) -> String {
         let names: BTreeSet<&str> = self.matrices().map(Linear::held_as).collect();
-        Vec::from_iter(names).join("+")
+        let names = Vec::from_iter(names).join("+");
+        match self.placement.weights {
+            WeightFormat::Q4_1 => format!("rounded-{names}"),
+            _ => names,
+        }
     }
 
     fn matrices(&self) -> impl Iterator<Item = &Linear> {

@@ -7,7 +7,7 @@ use candle_core::{D, Device, Tensor};
 
 use super::host;
 use super::kernels::{self, PackedMatrix, ROWS_PER_THREAD, Rounding, WeightFormat};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// `y = x W^T`. On a CPU the weight is packed for our kernel, elsewhere it is a tensor.
 pub enum Linear {
@@ -15,6 +15,9 @@ pub enum Linear {
     /// `[inputs, outputs]`
     Dense(Tensor),
 }
+
+/// The largest weight that a block with a 16-bit minimum can hold.
+const MOST_ROUNDED: f32 = 65_504.0;
 
 impl Linear {
     /// `weight`: row-major `[outputs, inputs]`.
@@ -24,6 +27,16 @@ impl Linear {
         inputs: usize,
         placement: &Placement,
     ) -> Result<Self> {
+        if matches!(placement.weights, WeightFormat::Q8_0 | WeightFormat::Q4_1) {
+            let beyond = weight.iter().find(|weight| weight.abs() > MOST_ROUNDED);
+            if let Some(weight) = beyond {
+                return Err(Error::Config(format!(
+                    "--weights {}: the model has a weight of {weight}, more than a scale of 16 \
+                     bits holds; take f32 or bf16",
+                    placement.weights
+                )));
+            }
+        }
         match &placement.device {
             Device::Cpu if !placement.portable => Ok(Self::Packed(PackedMatrix::pack(
                 &weight,

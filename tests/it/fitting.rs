@@ -195,11 +195,11 @@ fn states_that_were_collected_give_the_same_probe_without_the_model_s_work() {
     );
     bench.refused(
         &format!(
-            "probe curve --data train.jsonl --dev dev.jsonl dev.jsonl --site {LATE} --out curve"
+            "probe curve --data train.jsonl --dev dev.jsonl dev.jsonl --site {LATE} --out new/curve"
         ),
         "is given twice",
     );
-    for folder in ["sweep", "curve"] {
+    for folder in ["sweep", "new"] {
         assert!(
             !bench.path(folder).exists(),
             "a folder for nothing: {folder}"

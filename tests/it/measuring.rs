@@ -102,7 +102,7 @@ fn what_a_weight_format_costs_is_written_where_it_is_asked_for() {
         ("f32", "f32", 1.0 - 1e-6),
         ("q8_0", "q8_0", 0.999),
         // The layers at 4 bits, embedding and head at 8.
-        ("q4_1", "q4_1+q8_0", 0.9),
+        ("q4_1", "rounded-q4_1+q8_0", 0.9),
     ] {
         let output = quality(format, &file);
         let told = String::from_utf8_lossy(&output.stderr);

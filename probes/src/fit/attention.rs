@@ -317,24 +317,30 @@ impl AttentionParams {
                 format!("must be 1 to {MAX_ATTENTION_HEADS}"),
             ));
         }
-        if self.epochs == 0 || self.batch == 0 || !positive(self.learning_rate) {
-            return Err(Error::invalid(
-                "epochs, batch, learning_rate",
-                "must be above 0",
-            ));
-        }
-        if !(0.0..1.0).contains(&self.token_dropout) {
-            return Err(Error::invalid(
-                "token_dropout",
-                "must be at least 0 and below 1",
-            ));
-        }
         let not_below_0 = |x: f32| x.is_finite() && x >= 0.0;
-        if !(not_below_0(self.alpha) && not_below_0(self.weight_decay)) {
-            return Err(Error::invalid(
-                "alpha, weight_decay",
-                "must be finite and not below 0",
-            ));
+        for (name, sound, must) in [
+            ("epochs", self.epochs > 0, "be above 0"),
+            ("batch", self.batch > 0, "be above 0"),
+            ("learning_rate", positive(self.learning_rate), "be above 0"),
+            (
+                "token_dropout",
+                (0.0..1.0).contains(&self.token_dropout),
+                "be at least 0 and below 1",
+            ),
+            (
+                "alpha",
+                not_below_0(self.alpha),
+                "be finite and not below 0",
+            ),
+            (
+                "weight_decay",
+                not_below_0(self.weight_decay),
+                "be finite and not below 0",
+            ),
+        ] {
+            if !sound {
+                return Err(Error::invalid(name, format!("must {must}")));
+            }
         }
         Ok(())
     }

@@ -96,7 +96,7 @@ impl LogisticParams {
         let sound = |alpha: &f64| alpha.is_finite() && *alpha > 0.0;
         if self.alphas.is_empty() || !self.alphas.iter().all(sound) {
             return Err(Error::invalid(
-                "alphas",
+                "alpha",
                 "must be finite and above 0, and at least one",
             ));
         }

@@ -1,7 +1,7 @@
 //! A policy's report as a page: what it changes for each label and setting, by category, and
 //! whether it left alone what it did not flag.
 
-use super::effect::Effect;
+use super::effect::{Effect, Outcome};
 use super::measure::Measured;
 use super::page::{Figure, Page, Section, Table, fact};
 use super::picture::{self, Bar, Caption};
@@ -187,13 +187,21 @@ fn actions(label: &LabelReport) -> String {
 fn figures(set: &PolicySet, index: usize) -> Vec<Figure> {
     let mut figures = Vec::new();
     for (number, setting) in set.settings.iter().enumerate() {
-        let shown: Vec<&CategoryEffect> = setting.categories.iter().take(MOST_CATEGORIES).collect();
+        let shown = shown(&setting.categories);
         if shown.is_empty() {
             continue;
         }
+        let which = match shown.len() < setting.categories.len() {
+            true => format!(
+                " (the {} largest of {})",
+                shown.len(),
+                setting.categories.len()
+            ),
+            false => String::new(),
+        };
         let bars: Vec<Bar> = shown.into_iter().flat_map(bars).collect();
         let title = format!(
-            "{}, {}: harmful answers and benign refusals by category, off and enforced",
+            "{}, {}: harmful answers and benign refusals by category{which}, off and enforced",
             set.data.name, setting.name
         );
         let id = format!("set-{index}-categories-{number}");
@@ -209,6 +217,24 @@ fn figures(set: &PolicySet, index: usize) -> Vec<Figure> {
         });
     }
     figures
+}
+
+/// At most `MOST_CATEGORIES`, the largest of harmful and of benign rows: half of them each, or more
+/// where the other has fewer.
+fn shown(categories: &[CategoryEffect]) -> Vec<&CategoryEffect> {
+    let largest = |complied: bool| {
+        let of_kind = categories.iter();
+        let of_kind =
+            of_kind.filter(|category| (category.outcome == Outcome::Complied) == complied);
+        let mut of_kind: Vec<&CategoryEffect> = of_kind.collect();
+        of_kind.sort_by_key(|category| std::cmp::Reverse(category.of));
+        of_kind
+    };
+    let (mut harmful, mut benign) = (largest(true), largest(false));
+    harmful.truncate(MOST_CATEGORIES - benign.len().min(MOST_CATEGORIES / 2));
+    benign.truncate(MOST_CATEGORIES - harmful.len());
+    harmful.append(&mut benign);
+    harmful
 }
 
 fn bars(category: &CategoryEffect) -> [Bar; 2] {
@@ -260,6 +286,31 @@ mod tests {
     #[test]
     fn a_mean_is_whole_where_it_can_be() {
         assert_eq!([count(3.0, 10), count(2.5, 10)], ["3 of 10", "2.5 of 10"]);
+    }
+
+    #[test]
+    fn of_many_categories_the_largest_of_both_kinds_are_shown() {
+        let category = |outcome, of: u64| CategoryEffect {
+            label: "a",
+            category: of.to_string(),
+            of,
+            outcome,
+            off: 0.0,
+            enforced: 0.0,
+        };
+        let of_kind = |outcome, count| (1..=count).map(move |of| category(outcome, of));
+        let told = |harmful, benign| {
+            let categories: Vec<_> = of_kind(Outcome::Complied, harmful)
+                .chain(of_kind(Outcome::Refused, benign))
+                .collect();
+            let shown = shown(&categories);
+            let harmful = shown.iter().filter(|c| c.outcome == Outcome::Complied);
+            (harmful.count(), shown.len(), shown.first().map(|c| c.of))
+        };
+        assert_eq!(told(40, 90), (12, 24, Some(40)));
+        assert_eq!(told(40, 3), (21, 24, Some(40)));
+        assert_eq!(told(3, 40), (3, 24, Some(3)));
+        assert_eq!(told(2, 2), (2, 4, Some(2)));
     }
 
     #[test]

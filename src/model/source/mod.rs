@@ -224,10 +224,9 @@ impl Source {
     pub fn weight_bytes(&self, format: WeightFormat) -> u64 {
         let bytes = |(name, stored): (&String, &StoredTensor)| {
             let elements = stored.entry.shape.iter().product::<usize>() as u64;
-            let of_vocabulary = name.contains("embed_tokens") || name.contains("lm_head");
-            let format = match of_vocabulary {
-                true => format.of_vocabulary(),
-                false => format,
+            let format = match name.as_str() {
+                EMBEDDING | HEAD => format.of_vocabulary(),
+                _ => format,
             };
             match (format, stored.entry.stored_type.kernel()) {
                 (WeightFormat::Bf16, _) => 2 * elements,
