@@ -1,5 +1,5 @@
 //! Reads prompts from JSON-lines files: one request per line.
-//! Knows the fields of design.md 8 and that known data sets carry more; knows no engine.
+//! Knows the fields that a row may have and that known data sets carry more; knows no engine.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read};
