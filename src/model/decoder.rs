@@ -186,7 +186,7 @@ impl Decoder {
         let names: BTreeSet<&str> = self.matrices().map(Linear::held_as).collect();
         let names = Vec::from_iter(names).join("+");
         match self.placement.weights {
-            WeightFormat::Q4_1 => format!("rounded-{names}"),
+            WeightFormat::Q4_1 if self.placement.uses_kernels() => format!("rounded-{names}"),
             _ => names,
         }
     }

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use candle_core::{D, Device, Tensor};
 
 use super::host;
-use super::kernels::{self, PackedMatrix, ROWS_PER_THREAD, Rounding, WeightFormat};
+use super::kernels::{self, PackedMatrix, QuantKind, ROWS_PER_THREAD, Rounding, WeightFormat};
 use crate::error::{Error, Result};
 
 /// `y = x W^T`. On a CPU the weight is packed for our kernel, elsewhere it is a tensor.
@@ -16,9 +16,6 @@ pub enum Linear {
     Dense(Tensor),
 }
 
-/// The largest weight that a block with a 16-bit minimum can hold.
-const MOST_ROUNDED: f32 = 65_504.0;
-
 impl Linear {
     /// `weight`: row-major `[outputs, inputs]`.
     pub fn new(
@@ -27,23 +24,19 @@ impl Linear {
         inputs: usize,
         placement: &Placement,
     ) -> Result<Self> {
-        if matches!(placement.weights, WeightFormat::Q8_0 | WeightFormat::Q4_1) {
-            let beyond = weight.iter().find(|weight| weight.abs() > MOST_ROUNDED);
-            if let Some(weight) = beyond {
-                return Err(Error::Config(format!(
-                    "--weights {}: the model has a weight of {weight}, more than a scale of 16 \
-                     bits holds; take f32 or bf16",
-                    placement.weights
-                )));
-            }
-        }
         match &placement.device {
-            Device::Cpu if !placement.portable => Ok(Self::Packed(PackedMatrix::pack(
-                &weight,
-                outputs,
-                inputs,
-                placement.weights,
-            ))),
+            Device::Cpu if !placement.portable => {
+                let format = placement.weights;
+                let most = format.rounded_to().map_or(f32::INFINITY, QuantKind::most);
+                if let Some(weight) = weight.iter().find(|weight| weight.abs() > most) {
+                    return Err(Error::Config(format!(
+                        "--weights {format}: the model has a weight of {weight}, more than a scale \
+                         of 16 bits holds; take f32 or bf16"
+                    )));
+                }
+                let packed = PackedMatrix::pack(&weight, outputs, inputs, format);
+                Ok(Self::Packed(packed))
+            }
             device => {
                 let weight = Tensor::from_vec(weight, (outputs, inputs), &Device::Cpu)?;
                 let weight = weight.t()?.contiguous()?.to_device(device)?;
@@ -283,5 +276,33 @@ impl RopeRows {
         let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
         let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
         Ok(Tensor::cat(&[first, second], 2)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_weight_that_its_format_cannot_hold_is_an_error() {
+        let made = |weight: f32, format| {
+            let placement = Placement::cpu(format);
+            Linear::new(vec![weight, 1.0], 1, 2, &placement).map(|linear| {
+                let mut row = [0.0; 2];
+                linear.row(0, &mut row).expect("a row");
+                row.iter().all(|weight| weight.is_finite())
+            })
+        };
+        for (weight, format) in [
+            (7e4, WeightFormat::Q8_0),
+            (6e4, WeightFormat::Q4_1),
+            (1e9, WeightFormat::F32),
+        ] {
+            assert!(made(weight, format).expect("fits"), "{weight} as {format}");
+        }
+        for (weight, format) in [(9e6, WeightFormat::Q8_0), (-7e4, WeightFormat::Q4_1)] {
+            let error = made(weight, format).expect_err("is too large");
+            assert!(error.to_string().contains("--weights"), "{error}");
+        }
     }
 }

@@ -45,6 +45,15 @@ impl std::fmt::Display for WeightFormat {
 }
 
 impl WeightFormat {
+    /// What weights are rounded to when they are loaded; none where each is kept, or narrowed alone.
+    pub fn rounded_to(self) -> Option<QuantKind> {
+        match self {
+            Self::Q8_0 => Some(QuantKind::Q8_0),
+            Self::Q4_1 => Some(QuantKind::Q4_1),
+            Self::F32 | Self::Bf16 | Self::AsIs => None,
+        }
+    }
+
     /// How embedding and head are held: four bits would cost them most.
     pub fn of_vocabulary(self) -> Self {
         match self {
@@ -102,12 +111,10 @@ impl PackedMatrix {
             outputs * inputs,
             "weight is [outputs, inputs]"
         );
-        let rounded = |kind| Panels::Quantised(QuantMatrix::round(weight, outputs, inputs, kind));
-        let panels = match format {
-            WeightFormat::F32 | WeightFormat::AsIs => Panels::F32(pack(weight, outputs, inputs)),
-            WeightFormat::Bf16 => Panels::Bf16(pack(weight, outputs, inputs)),
-            WeightFormat::Q8_0 => rounded(QuantKind::Q8_0),
-            WeightFormat::Q4_1 => rounded(QuantKind::Q4_1),
+        let panels = match (format.rounded_to(), format) {
+            (Some(kind), _) => Panels::Quantised(QuantMatrix::round(weight, outputs, inputs, kind)),
+            (None, WeightFormat::Bf16) => Panels::Bf16(pack(weight, outputs, inputs)),
+            (None, _) => Panels::F32(pack(weight, outputs, inputs)),
         };
         Self {
             outputs,

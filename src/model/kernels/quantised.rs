@@ -67,6 +67,15 @@ impl QuantKind {
         }
     }
 
+    /// The largest number that a block can hold, its scale and minimum being of 16 bits.
+    pub fn most(self) -> f32 {
+        let largest = f16::MAX.to_f32();
+        match self {
+            Self::Q4_1 => largest,
+            Self::Q8_0 => largest * 127.0,
+        }
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Self::Q4_1 => "q4_1",

@@ -228,12 +228,14 @@ impl Source {
                 EMBEDDING | HEAD => format.of_vocabulary(),
                 _ => format,
             };
-            match (format, stored.entry.stored_type.kernel()) {
-                (WeightFormat::Bf16, _) => 2 * elements,
-                (WeightFormat::Q8_0, _) => elements / 32 * 34,
-                (WeightFormat::Q4_1, _) => elements / 32 * 20,
-                (WeightFormat::AsIs, Some(kind)) => elements / 32 * kind.block_bytes() as u64,
-                (WeightFormat::F32 | WeightFormat::AsIs, _) => 4 * elements,
+            let blocks_of = match format {
+                WeightFormat::AsIs => stored.entry.stored_type.kernel(),
+                format => format.rounded_to(),
+            };
+            match blocks_of {
+                Some(kind) => elements / QUANT_BLOCK as u64 * kind.block_bytes() as u64,
+                None if format == WeightFormat::Bf16 => 2 * elements,
+                None => 4 * elements,
             }
         };
         self.tensors.iter().map(bytes).sum()
