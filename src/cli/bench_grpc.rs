@@ -113,7 +113,11 @@ impl Server {
             let prompt = prompt.clone();
             async move {
                 let failed = |code| Error::internal(format!("a call ended with {code}"));
-                let mut answer = self.client.answer(&prompt, most).await.map_err(failed)?;
+                let mut answer = self
+                    .client
+                    .answer(&prompt, most, false)
+                    .await
+                    .map_err(failed)?;
                 let mut tokens = 0;
                 while let Some(came) = answer.next().await.map_err(failed)? {
                     tokens += came as usize;

@@ -29,10 +29,13 @@ const ACTING_POLICIES: [(&str, Action); 3] = [
     ("steer", Action::Steer),
 ];
 const HARMLESS_POLICY: &str = "default";
+/// The probe whose scores colour an answer. Others of the library are high on harmless answers too:
+/// `compliance` wherever the model does not decline.
+const SHOWN_PROBE: &str = "response_harm";
 
 /// Starts a server on free loopback ports and chats with it: harmless prompts, some that only sound
-/// dangerous, harmful ones, and one wrapped in a jailbreak. Each token is shown with the risk that
-/// was read while it was written. Exits with 0 only if everything went as it should.
+/// dangerous, harmful ones, and one wrapped in a jailbreak. Each token is shown in the colour of what
+/// the probe `response_harm` read while it was written, from green to red. Exits with 0 only if everything went as it should.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// A GGUF file, a Hugging Face folder, or a known name [default: smollm2-135m-instruct]
@@ -232,12 +235,8 @@ fn show(event: &Event) -> Result<()> {
 
 /// A delta's text in the colour of its risk, or with a small bar behind it.
 fn with_risk(delta: &Delta, colours: bool) -> String {
-    let per_token: Vec<&Score> = delta
-        .scores
-        .iter()
-        .filter(|score| score.detector.is_none())
-        .collect();
-    let risk = risk(&per_token);
+    let shown = |score: &&Score| score.detector.is_none() && *score.probe == *SHOWN_PROBE;
+    let risk = delta.scores.iter().find(shown).and_then(risk);
     match (colours, risk) {
         (true, risk) => shaded(&delta.text, risk),
         (false, Some(risk)) if !delta.text.is_empty() => format!("{}{}", delta.text, bar(risk)),
@@ -378,9 +377,9 @@ mod tests {
     }
 
     #[test]
-    fn without_colours_a_bar_shows_the_risk() {
+    fn without_colours_a_bar_shows_the_risk_of_a_harmful_answer() {
         let score = Score {
-            probe: "p".into(),
+            probe: SHOWN_PROBE.into(),
             probe_revision: 1,
             sites: Vec::new(),
             detector: None,
@@ -397,6 +396,9 @@ mod tests {
             ..Delta::default()
         };
         assert_eq!(with_risk(&delta, false), "Hi█");
+        let mut of_another = delta.clone();
+        of_another.scores[0].probe = "compliance".into();
+        assert_eq!(with_risk(&of_another, false), "Hi");
         assert_eq!(
             with_risk(
                 &Delta {

@@ -20,7 +20,7 @@ use crate::lab::machine::{commit, machine};
 use crate::lab::output::WholeFile;
 use crate::lab::plot;
 use crate::policy::Mode;
-use crate::rpc::load_client::LoadClient;
+use crate::rpc::load_client::{Deliveries, LoadClient};
 
 /// Calls begin at a constant rate whether or not earlier ones have ended, and latencies count from
 /// the moment at which a call was meant to begin.
@@ -56,6 +56,13 @@ pub(super) struct Args {
     /// Share of calls that score a prompt instead of asking for an answer, 0 to 1
     #[arg(long, default_value = "0", value_name = "SHARE", value_parser = share)]
     score: f64,
+    /// Share of calls that bring an intervention with `--vector`, 0 to 1: the server must allow it
+    /// (its `overrides`)
+    #[arg(long, default_value = "0", value_name = "SHARE", value_parser = share, requires = "vector")]
+    steer: f64,
+    /// A steering vector that the server has loaded, added where it was fitted
+    #[arg(long, value_name = "NAME", requires = "steer")]
+    vector: Option<String>,
     /// A call that takes longer has failed, with DEADLINE_EXCEEDED
     #[arg(long, default_value = "120", value_name = "SECONDS", value_parser = seconds)]
     deadline: Duration,
@@ -120,7 +127,8 @@ pub(super) async fn run(args: Args) -> Result<Exit> {
     let client = client
         .await
         .map_err(|error| Error::Unavailable(error.to_string()))?
-        .without_template(args.raw);
+        .without_template(args.raw)
+        .with_vector(args.vector.as_deref());
     let caller = Patient {
         client,
         deadline: args.deadline,
@@ -179,6 +187,11 @@ impl Args {
                  {MOST_WORDS} at most, so take fewer calls or shorter prompts"
             )));
         }
+        if self.score + self.steer > 1.0 {
+            return Err(Error::Config(
+                "--score and --steer: shares of the same calls, so together 1 at most".into(),
+            ));
+        }
         paths::each_once(&[
             ("--json", self.json.as_deref()),
             ("--plot", self.plot.as_deref()),
@@ -194,6 +207,7 @@ impl Args {
             answer_tokens: self.answer_tokens.clone(),
             cancel: self.cancel,
             score: self.score,
+            steer: self.steer,
         }
     }
 
@@ -215,6 +229,8 @@ impl Args {
                 answer_tokens: self.answer_tokens.clone(),
                 cancel: self.cancel,
                 score: self.score,
+                steer: self.steer,
+                vector: self.vector.clone(),
                 deadline_seconds: self.deadline.as_secs_f64(),
                 raw: self.raw,
                 mode: self.mode.map(|mode| mode.to_string()),
@@ -248,16 +264,13 @@ impl Caller for Patient {
                 PlannedWork::Answer {
                     max_tokens,
                     hang_up_after,
+                    steered,
                 } => {
-                    read(
-                        &self.client,
-                        &planned.prompt,
-                        max_tokens,
-                        hang_up_after,
-                        clock,
-                        &mut deliveries,
-                    )
-                    .await
+                    let prompt = &planned.prompt;
+                    match self.client.answer(prompt, max_tokens, steered).await {
+                        Ok(answer) => read(answer, hang_up_after, clock, &mut deliveries).await,
+                        Err(code) => Err(code),
+                    }
                 }
             }
         };
@@ -270,14 +283,11 @@ impl Caller for Patient {
 
 /// Reads an answer to its end, or until it is time to hang up.
 async fn read(
-    client: &LoadClient,
-    prompt: &str,
-    max_tokens: u32,
+    mut answer: Deliveries,
     hang_up_after: Option<u32>,
     clock: Clock,
     deliveries: &mut Vec<(Duration, u32)>,
 ) -> std::result::Result<End, &'static str> {
-    let mut answer = client.answer(prompt, max_tokens).await?;
     let mut came = 0;
     while let Some(tokens) = answer.next().await? {
         deliveries.push((clock.now(), tokens));
@@ -378,6 +388,11 @@ mod tests {
             "65535",
         ]);
         assert!(told.is_err_and(|error| error.to_string().contains("--prompt-words")));
+        let halves = |steer| checked(&["--score", "0.5", "--steer", steer, "--vector", "v"]);
+        assert!(halves("0.5").is_ok());
+        assert!(halves("0.6").is_err_and(|error| error.to_string().contains("--steer")));
+        assert!(Line::try_parse_from(["load", "--steer", "0.1"]).is_err());
+        assert!(Line::try_parse_from(["load", "--vector", "v"]).is_err());
         assert!(checked(&["--json", "a", "--plot", "b"]).is_ok());
         let told = checked(&["--json", "a", "--plot", "a"]);
         assert!(told.is_err_and(|error| error.to_string().contains("--json and --plot")));

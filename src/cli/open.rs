@@ -197,7 +197,8 @@ fn start_engine(config: &Config, sink: Arc<dyn DecisionSink>) -> Result<(Engine,
 /// The model in memory, and how an engine would run it.
 pub(super) fn load_model(config: &Config) -> Result<(Model, EngineOptions)> {
     let source = Source::open(&super::pull::fetch(&config.model)?)?;
-    let weights = weight_format(config.weights, source.matrices());
+    let wanted = weights_on(config.device, config.weights)?;
+    let weights = weight_format(wanted, source.matrices());
     let kv_type = kv_type(config.kv);
     let needs = Needs::of(
         &source.config,
@@ -230,6 +231,17 @@ pub(super) fn kv_type(wanted: config::KvType) -> KvType {
         config::KvType::F32 => KvType::F32,
         // Within the bounds of docs/performance.md, for half the memory.
         config::KvType::Auto | config::KvType::Bf16 => KvType::Bf16,
+    }
+}
+
+/// What is wished for there: devices other than the CPU hold weights in f32 alone.
+fn weights_on(device: Device, wanted: Weights) -> Result<Weights> {
+    match (device, wanted) {
+        (Device::Cpu, wanted) => Ok(wanted),
+        (_, Weights::Auto | Weights::F32) => Ok(Weights::F32),
+        (device, wanted) => Err(Error::Config(format!(
+            "weights: {wanted} is for the CPU, and {device} holds weights as f32; set auto or f32"
+        ))),
     }
 }
 
@@ -484,6 +496,20 @@ mod tests {
     fn keys_and_values_take_what_can_run_and_at_most_half_the_rest() {
         assert_eq!(needs().kv_bytes(64 * GIB, None), Ok(4 * GIB));
         assert_eq!(needs().kv_bytes(4 * GIB, None), Ok(GIB));
+    }
+
+    #[test]
+    fn a_device_holds_weights_as_f32_and_no_other_wish_is_passed_over() {
+        let cuda = Device::Cuda(1);
+        assert_eq!(weights_on(cuda, Weights::Auto), Ok(Weights::F32));
+        assert_eq!(weights_on(cuda, Weights::F32), Ok(Weights::F32));
+        assert_eq!(weights_on(Device::Cpu, Weights::Q4_1), Ok(Weights::Q4_1));
+        let error = weights_on(cuda, Weights::Q8_0).expect_err("refused");
+        let error = error.to_string();
+        assert!(
+            error.contains("weights: q8_0") && error.contains("cuda:1"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -43,15 +43,11 @@ pub(super) fn bar(risk: f32) -> char {
     BARS[((risk.clamp(0.0, 1.0) * 8.0) as usize).min(7)]
 }
 
-/// How near the riskiest of a token's scores is to positive, from 0 to 1, for showing only:
-/// the logistic function of the per-token logit, which is no calibrated probability.
-pub(super) fn risk(scores: &[&Score]) -> Option<f32> {
-    let finite = scores
-        .iter()
-        .map(|score| score.logit)
-        .filter(|logit| logit.is_finite());
-    let highest = finite.reduce(f32::max)?;
-    Some(1.0 / (1.0 + (-highest).exp()))
+/// How near a token's score is to positive, from 0 to 1, for showing only: the logistic function of
+/// the per-token logit, which is no calibrated probability. None unless the logit is finite.
+pub(super) fn risk(score: &Score) -> Option<f32> {
+    let finite = score.logit.is_finite();
+    finite.then(|| 1.0 / (1.0 + (-score.logit).exp()))
 }
 
 /// At most `width` characters on one line.
@@ -92,11 +88,10 @@ mod tests {
     }
 
     #[test]
-    fn the_riskiest_score_counts_and_nonsense_does_not() {
-        let scores = [score(-3.0), score(0.0), score(f32::NAN)];
-        let risk = risk(&scores.each_ref()).expect("a risk");
-        assert!((risk - 0.5).abs() < 1e-6);
-        assert_eq!(super::risk(&[]), None);
+    fn a_logit_of_nought_is_half_a_risk_and_nonsense_is_none() {
+        assert_eq!(risk(&score(0.0)), Some(0.5));
+        assert!(risk(&score(-3.0)) < risk(&score(3.0)));
+        assert_eq!(risk(&score(f32::NAN)), None);
     }
 
     #[test]

@@ -34,6 +34,8 @@ pub struct LoadOptions {
     pub cancel: f64,
     /// Share of calls that score a prompt instead of asking for an answer.
     pub score: f64,
+    /// Share of calls whose answer is asked for with an intervention.
+    pub steer: f64,
 }
 
 /// One call, and when it is meant to begin.
@@ -51,6 +53,8 @@ pub enum PlannedWork {
         max_tokens: u32,
         /// Hangs up once this many tokens have come.
         hang_up_after: Option<u32>,
+        /// Whether it brings an intervention.
+        steered: bool,
     },
     Score,
 }
@@ -88,6 +92,7 @@ impl LoadOptions {
                 false => PlannedWork::Answer {
                     max_tokens: max_tokens.into(),
                     hang_up_after: (hang_up < self.cancel).then_some(after),
+                    steered: kind < self.score + self.steer,
                 },
             };
             Planned {
@@ -276,6 +281,8 @@ pub struct LoadSettings {
     pub answer_tokens: Vec<u16>,
     pub cancel: f64,
     pub score: f64,
+    pub steer: f64,
+    pub vector: Option<String>,
     pub deadline_seconds: f64,
     pub raw: bool,
     pub mode: Option<String>,
@@ -470,6 +477,7 @@ mod tests {
             answer_tokens: vec![4, 8],
             cancel: 0.25,
             score: 0.25,
+            steer: 0.25,
         }
     }
 
@@ -511,6 +519,7 @@ mod tests {
         let none = LoadOptions {
             cancel: 0.0,
             score: 0.0,
+            steer: 0.0,
             ..options()
         };
         let plain = |call: &Planned| {
@@ -518,6 +527,7 @@ mod tests {
                 call.work,
                 PlannedWork::Answer {
                     hang_up_after: None,
+                    steered: false,
                     ..
                 }
             )
@@ -532,6 +542,7 @@ mod tests {
             let PlannedWork::Answer {
                 max_tokens,
                 hang_up_after: Some(after),
+                ..
             } = call.work
             else {
                 panic!("not hung up on");
@@ -548,6 +559,16 @@ mod tests {
                 .iter()
                 .all(|call| call.work == PlannedWork::Score)
         );
+        let halves = LoadOptions {
+            score: 0.5,
+            steer: 0.5,
+            ..options()
+        };
+        let plain =
+            |call: &Planned| matches!(call.work, PlannedWork::Answer { steered: false, .. });
+        let plan = halves.plan();
+        assert!(!plan.iter().any(plain));
+        assert!(plan.iter().any(|call| call.work != PlannedWork::Score));
     }
 
     /// Answers nobody before everybody has asked.

@@ -13,6 +13,7 @@ use super::proto;
 use super::proto::generate_stream_response::Event;
 use super::proto::generation_input::Prompt;
 use super::proto::generation_service_client::GenerationServiceClient;
+use super::proto::intervention::Vector;
 use crate::policy::Mode;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,6 +27,7 @@ pub struct LoadClient {
     next: AtomicUsize,
     monitor: proto::MonitorOptions,
     raw: bool,
+    steer: Option<proto::Intervention>,
 }
 
 impl LoadClient {
@@ -52,6 +54,7 @@ impl LoadClient {
             connections: clients,
             next: AtomicUsize::new(0),
             raw: false,
+            steer: None,
             monitor: proto::MonitorOptions {
                 mode: match mode {
                     None => proto::MonitorMode::Unspecified,
@@ -71,14 +74,31 @@ impl LoadClient {
         Self { raw, ..self }
     }
 
+    /// What steered answers are asked for with: a loaded vector, added once where it was fitted.
+    pub fn with_vector(self, vector: Option<&str>) -> Self {
+        let steer = vector.map(|name| proto::Intervention {
+            vector: Some(Vector::Name(name.to_owned())),
+            kind: proto::InterventionKind::Add.into(),
+            strength: Some(1.0),
+            ..proto::Intervention::default()
+        });
+        Self { steer, ..self }
+    }
+
     /// Asks for an answer as it is released. Dropping what comes back hangs up.
-    pub async fn answer(&self, prompt: &str, max_tokens: u32) -> Result<Deliveries, CodeName> {
+    pub async fn answer(
+        &self,
+        prompt: &str,
+        max_tokens: u32,
+        steered: bool,
+    ) -> Result<Deliveries, CodeName> {
         let sampling = proto::SamplingOptions {
             max_tokens: Some(max_tokens),
             ..proto::SamplingOptions::default()
         };
         let input = proto::GenerationInput {
             sampling: Some(sampling),
+            interventions: self.steer.iter().filter(|_| steered).cloned().collect(),
             ..self.input(prompt)
         };
         let request = proto::GenerateStreamRequest { input: Some(input) };

@@ -9,6 +9,7 @@ use inwit::config::{Config, Flags};
 use serde_json::Value;
 
 use crate::golden::golden;
+use crate::wire_support::{Server, Setup};
 
 fn inwit(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_inwit"));
@@ -307,6 +308,33 @@ async fn load_counts_every_call_that_it_planned() {
     let picture = std::fs::read_to_string(&svg).unwrap();
     assert!(picture.starts_with("<svg") && picture.contains("to_first_token"));
     running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn steered_calls_of_load_bring_the_vector_and_fail_without_it() {
+    let server = Server::start(Setup::default(), |library| {
+        library.vector("push", 3.0);
+    })
+    .await;
+    let folder = tempfile::tempdir().unwrap();
+    for (vector, counted) in [("push", "answered"), ("missing", "failed")] {
+        let json = folder.path().join(vector);
+        let mut line: Vec<String> = ["--rate", "20", "--duration", "0.5", "--raw", "--steer", "1"]
+            .map(String::from)
+            .to_vec();
+        line.extend(["--prompt-words", "2", "--answer-tokens", "4"].map(String::from));
+        line.extend(["--vector".into(), vector.into(), "--url".into()]);
+        line.extend([format!("http://{}", server.address), "--json".into()]);
+        line.push(json.display().to_string());
+        let run = move || {
+            let line: Vec<&str> = line.iter().map(String::as_str).collect();
+            inwit(&[&["load"], &line[..]].concat())
+        };
+        tokio::task::spawn_blocking(run).await.unwrap();
+        let report = read(&json);
+        assert_eq!(report["calls"][counted], 10, "{vector}: {report}");
+        assert_eq!(report["settings"]["vector"], vector);
+    }
 }
 
 #[test]
