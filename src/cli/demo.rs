@@ -1,6 +1,7 @@
 //! `inwit demo`: the default model behind the shipped probes, and a client that holds some chats.
 //! Everything goes through the server that users run.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use comfy_table::{Table, presets};
@@ -32,10 +33,12 @@ const HARMLESS_POLICY: &str = "default";
 /// The probe whose scores colour an answer. Others of the library are high on harmless answers too:
 /// `compliance` wherever the model does not decline.
 const SHOWN_PROBE: &str = "response_harm";
+/// Over how many tokens a colour is averaged: single ones jump.
+const SHOWN_TOKENS: usize = 8;
 
 /// Starts a server on free loopback ports and chats with it: harmless prompts, some that only sound
 /// dangerous, harmful ones, and one wrapped in a jailbreak. Each token is shown in the colour of what
-/// the probe `response_harm` read while it was written, from green to red. Exits with 0 only if everything went as it should.
+/// the probe `response_harm` read of the last eight, from green to red. Exits with 0 only if everything went as it should.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// A GGUF file, a Hugging Face folder, or a known name [default: smollm2-135m-instruct]
@@ -167,12 +170,13 @@ async fn hold(client: &mut Client, planned: &Planned) -> Result<Held> {
     let started = Instant::now();
     let mut folded = Folded::default();
     let mut aborted = false;
+    let mut recent = Recent::default();
     match client.stream(&draft(planned)).await {
         Err(ClientError::AbortedByPolicy) => aborted = true,
         Err(error) => return Err(unexpected(error)),
         Ok(mut answer) => {
             while let Some(event) = answer.next().await.map_err(unexpected)? {
-                show(&event)?;
+                show(&event, &mut recent)?;
                 folded.take(event)?;
             }
         }
@@ -218,9 +222,27 @@ fn draft(planned: &Planned) -> Draft {
     }
 }
 
-fn show(event: &Event) -> Result<()> {
+/// What the shown probe read of the newest tokens.
+#[derive(Default)]
+struct Recent(VecDeque<f32>);
+
+impl Recent {
+    /// The mean logit, with that of a delta's token.
+    fn with(&mut self, delta: &Delta) -> Option<f32> {
+        let shown = |score: &&Score| score.detector.is_none() && *score.probe == *SHOWN_PROBE;
+        let logits = delta.scores.iter().filter(shown).map(|score| score.logit);
+        self.0.extend(logits.filter(|logit| logit.is_finite()));
+        while self.0.len() > SHOWN_TOKENS {
+            self.0.pop_front();
+        }
+        let mean = self.0.iter().sum::<f32>() / self.0.len() as f32;
+        (!self.0.is_empty()).then_some(mean)
+    }
+}
+
+fn show(event: &Event, recent: &mut Recent) -> Result<()> {
     match event {
-        Event::Delta(delta) => print(&with_risk(delta, colours())),
+        Event::Delta(delta) => print(&with_risk(&delta.text, recent.with(delta), colours())),
         Event::Verdict(verdict) => print(&format!(
             "\n  ! {} (rule {})\n",
             verdict.action, verdict.rule
@@ -233,14 +255,12 @@ fn show(event: &Event) -> Result<()> {
     }
 }
 
-/// A delta's text in the colour of its risk, or with a small bar behind it.
-fn with_risk(delta: &Delta, colours: bool) -> String {
-    let shown = |score: &&Score| score.detector.is_none() && *score.probe == *SHOWN_PROBE;
-    let risk = delta.scores.iter().find(shown).and_then(risk);
-    match (colours, risk) {
-        (true, risk) => shaded(&delta.text, risk),
-        (false, Some(risk)) if !delta.text.is_empty() => format!("{}{}", delta.text, bar(risk)),
-        (false, _) => delta.text.clone(),
+/// Text in the colour of its risk, or with a small bar behind it.
+fn with_risk(text: &str, logit: Option<f32>, colours: bool) -> String {
+    match (colours, logit.map(risk)) {
+        (true, risk) => shaded(text, risk),
+        (false, Some(risk)) if !text.is_empty() => format!("{text}{}", bar(risk)),
+        (false, _) => text.to_owned(),
     }
 }
 
@@ -376,38 +396,43 @@ mod tests {
         assert!(plan(line).is_err());
     }
 
-    #[test]
-    fn without_colours_a_bar_shows_the_risk_of_a_harmful_answer() {
+    fn read_by(probe: &str, logit: f32) -> Delta {
         let score = Score {
-            probe: SHOWN_PROBE.into(),
+            probe: probe.into(),
             probe_revision: 1,
             sites: Vec::new(),
             detector: None,
             position: 0,
-            logit: 9.0,
+            logit,
             probability: None,
             threshold: None,
             fired: false,
             out_of_domain: false,
         };
-        let delta = Delta {
-            text: "Hi".into(),
+        Delta {
             scores: vec![score],
             ..Delta::default()
-        };
-        assert_eq!(with_risk(&delta, false), "Hi█");
-        let mut of_another = delta.clone();
-        of_another.scores[0].probe = "compliance".into();
-        assert_eq!(with_risk(&of_another, false), "Hi");
-        assert_eq!(
-            with_risk(
-                &Delta {
-                    scores: vec![],
-                    ..delta
-                },
-                false
-            ),
-            "Hi"
-        );
+        }
+    }
+
+    #[test]
+    fn the_risk_shown_is_the_mean_of_the_last_tokens_of_one_probe() {
+        let mut recent = Recent::default();
+        assert_eq!(recent.with(&Delta::default()), None);
+        assert_eq!(recent.with(&read_by("compliance", 9.0)), None);
+        assert_eq!(recent.with(&read_by(SHOWN_PROBE, 4.0)), Some(4.0));
+        assert_eq!(recent.with(&read_by(SHOWN_PROBE, f32::NAN)), Some(4.0));
+        assert_eq!(recent.with(&read_by(SHOWN_PROBE, -2.0)), Some(1.0));
+        for _ in 0..SHOWN_TOKENS {
+            recent.with(&read_by(SHOWN_PROBE, -2.0));
+        }
+        assert_eq!(recent.with(&Delta::default()), Some(-2.0));
+    }
+
+    #[test]
+    fn without_colours_a_bar_shows_the_risk() {
+        assert_eq!(with_risk("Hi", Some(9.0), false), "Hi█");
+        assert_eq!(with_risk("", Some(9.0), false), "");
+        assert_eq!(with_risk("Hi", None, false), "Hi");
     }
 }

@@ -4,7 +4,6 @@ use std::io::{IsTerminal, Write, stderr, stdout};
 
 use owo_colors::{OwoColorize, Rgb};
 
-use crate::engine::event::Score;
 use crate::error::{Error, Result};
 
 /// Writes to standard output at once.
@@ -43,11 +42,10 @@ pub(super) fn bar(risk: f32) -> char {
     BARS[((risk.clamp(0.0, 1.0) * 8.0) as usize).min(7)]
 }
 
-/// How near a token's score is to positive, from 0 to 1, for showing only: the logistic function of
-/// the per-token logit, which is no calibrated probability. None unless the logit is finite.
-pub(super) fn risk(score: &Score) -> Option<f32> {
-    let finite = score.logit.is_finite();
-    finite.then(|| 1.0 / (1.0 + (-score.logit).exp()))
+/// How near a logit is to positive, from 0 to 1, for showing only: its logistic function, which is
+/// no calibrated probability.
+pub(super) fn risk(logit: f32) -> f32 {
+    1.0 / (1.0 + (-logit).exp())
 }
 
 /// At most `width` characters on one line.
@@ -66,21 +64,6 @@ pub(super) fn shortened(text: &str, width: usize) -> String {
 mod tests {
     use super::*;
 
-    fn score(logit: f32) -> Score {
-        Score {
-            probe: "p".into(),
-            probe_revision: 1,
-            sites: Vec::new(),
-            detector: None,
-            position: 0,
-            logit,
-            probability: None,
-            threshold: None,
-            fired: false,
-            out_of_domain: false,
-        }
-    }
-
     #[test]
     fn a_prompt_is_shortened_on_one_line_between_characters() {
         assert_eq!(shortened("a short\nprompt", 40), "a short prompt");
@@ -88,15 +71,9 @@ mod tests {
     }
 
     #[test]
-    fn a_logit_of_nought_is_half_a_risk_and_nonsense_is_none() {
-        assert_eq!(risk(&score(0.0)), Some(0.5));
-        assert!(risk(&score(-3.0)) < risk(&score(3.0)));
-        assert_eq!(risk(&score(f32::NAN)), None);
-    }
-
-    #[test]
     fn a_bar_rises_with_the_risk() {
         assert_eq!([bar(-1.0), bar(0.5), bar(2.0)], ['▁', '▅', '█']);
+        assert_eq!([bar(risk(-9.0)), bar(risk(0.0))], ['▁', '▅']);
     }
 
     #[test]
