@@ -4,12 +4,20 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use inwit::model::kernels::{
-    AttentionShape, KV_BLOCK, KvLayer, KvType, PackedMatrix, QuantKind, SpanRows, WeightFormat,
-    attend,
+    AttentionShape, KV_BLOCK, KvLayer, KvType, PackedMatrix, QuantKind, Rounding, SpanRows,
+    WeightFormat, attend,
 };
 
-/// `[outputs, inputs]`: attention in, attention out, MLP in, MLP out.
-const SHAPES: [(usize, usize); 4] = [(960, 576), (576, 576), (3072, 576), (576, 1536)];
+/// `[outputs, inputs]`: attention in, attention out, MLP in, MLP out; and how the engine rounds
+/// their inputs before it multiplies them by weights of few bits.
+const SHAPES: [((usize, usize), Rounding); 4] = [
+    ((960, 576), Rounding::Twice),
+    ((576, 576), Rounding::Twice),
+    ((3072, 576), Rounding::Once),
+    ((576, 1536), Rounding::Twice),
+];
+/// Of the embedding and the head.
+const VOCABULARY: (usize, usize) = (49_152, 576);
 const ROWS: [usize; 4] = [1, 4, 16, 256];
 
 /// Numbers in (-1, 1) that repeat.
@@ -21,7 +29,18 @@ fn numbers(count: usize) -> Vec<f32> {
 
 fn products(c: &mut Criterion) {
     let mut group = c.benchmark_group("product");
-    for (outputs, inputs) in SHAPES {
+    let mut time = |weight: &PackedMatrix, (outputs, inputs): (usize, usize)| {
+        for rows in ROWS {
+            let x = numbers(rows * inputs);
+            // Multiply-adds.
+            group.throughput(Throughput::Elements((rows * outputs * inputs) as u64));
+            let name = format!("{}/{outputs}x{inputs}", weight.held_as());
+            group.bench_function(BenchmarkId::new(name, rows), |b| {
+                b.iter(|| weight.product(black_box(&x)));
+            });
+        }
+    };
+    for ((outputs, inputs), rounding) in SHAPES {
         let weight = numbers(outputs * inputs);
         let packed = |format| PackedMatrix::pack(&weight, outputs, inputs, format);
         let blocks = q4_1(outputs * inputs);
@@ -31,17 +50,13 @@ fn products(c: &mut Criterion) {
             packed(WeightFormat::Q8_0),
             PackedMatrix::pack_blocks(&blocks, outputs, inputs, QuantKind::Q4_1),
         ] {
-            for rows in ROWS {
-                let x = numbers(rows * inputs);
-                // Multiply-adds.
-                group.throughput(Throughput::Elements((rows * outputs * inputs) as u64));
-                let name = format!("{}/{outputs}x{inputs}", weight.held_as());
-                group.bench_function(BenchmarkId::new(name, rows), |b| {
-                    b.iter(|| weight.product(black_box(&x)));
-                });
-            }
+            time(&weight.with_inputs_rounded(rounding), (outputs, inputs));
         }
     }
+    let (outputs, inputs) = VOCABULARY;
+    let weight = numbers(outputs * inputs);
+    let head = PackedMatrix::pack(&weight, outputs, inputs, WeightFormat::Q8_0);
+    time(&head, VOCABULARY);
     group.finish();
 }
 

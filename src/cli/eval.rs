@@ -54,6 +54,9 @@ pub(super) struct ProbeArgs {
     /// How often SafeSwitch's recipe is fitted to the rows of --train, with seeds from 0 [default: 5]
     #[arg(long, value_name = "NUMBER", requires = "train", value_parser = clap::value_parser!(u64).range(1..=100))]
     seeds: Option<u64>,
+    /// Files of the same probe fitted with other seeds: told beside it as their mean and range
+    #[arg(long = "refit", value_name = "FILE", num_args = 1..)]
+    refits: Vec<PathBuf>,
     /// The sweep.json of `inwit probe sweep`, for the layer curve
     #[arg(long, value_name = "FILE")]
     sweep_json: Option<PathBuf>,
@@ -177,7 +180,8 @@ async fn probe(args: ProbeArgs) -> Result<Exit> {
         .map(PathBuf::as_path)
         .collect();
     let read = [Some(Path::new(&args.probe)), args.sweep_json.as_deref()];
-    let read: Vec<&Path> = read.into_iter().flatten().collect();
+    let refits = args.refits.iter().map(PathBuf::as_path);
+    let read: Vec<&Path> = read.into_iter().flatten().chain(refits).collect();
     let opened = args.outputs.open(&data, &read)?;
     let sweep = args.sweep_json.as_deref().map(layers::read).transpose()?;
     let mut bench = args.model.bench(Some("off"), Some("off")).await?;
@@ -185,7 +189,7 @@ async fn probe(args: ProbeArgs) -> Result<Exit> {
         sweep.check_model(path, &identity(&bench))?;
     }
     bench.use_states(&args.states, &data)?;
-    let subject = find(&bench, &args.probe)?;
+    let subject = find(&bench, &args.probe)?.with_refits(&bench, &args.refits)?;
     let options = Options {
         gather: args.gather,
         data: args.data,

@@ -216,6 +216,54 @@ fn check_claims(claims: &Value, html: &str) {
 }
 
 #[test]
+fn other_fits_of_a_probe_stand_beside_it_as_mean_and_range() {
+    let bench = Bench::new();
+    bench.fit_probe();
+    bench.data("both.jsonl", 30, 110);
+    let fit = "probe fit --data fit.jsonl --name p --alpha 1 --site";
+    for (site, seed, out) in [
+        ("blocks.1.hook_resid_post", 1, "one"),
+        ("blocks.1.hook_resid_post", 2, "two"),
+        ("blocks.0.hook_resid_post", 1, "elsewhere"),
+    ] {
+        bench.done(&format!(
+            "{fit} {site} --seed {seed} --out {out}.safetensors"
+        ));
+    }
+    let line = "eval probe p.safetensors --data both.jsonl";
+    bench.done(&format!("{line} --json alone.json"));
+    let shown = bench.done(&format!(
+        "{line} --refit one.safetensors two.safetensors --json r.json --report r.html"
+    ));
+    assert!(shown.contains("p, 2 other fits"), "{shown}");
+    check_page(&bench.text("r.html"));
+    let (alone, beside) = (bench.json("alone.json"), bench.json("r.json"));
+    let set = |report: &Value| report["sets"][0].clone();
+    assert_eq!(set(&alone)["scorers"], set(&beside)["scorers"]);
+    assert!(set(&alone)["refits"].is_null());
+    let auroc = &set(&beside)["refits"]["auroc"];
+    let each = |file: &str| {
+        bench.done(&format!(
+            "eval probe {file}.safetensors --data both.jsonl --json e.json"
+        ));
+        let value = bench.json("e.json")["sets"][0]["scorers"][0]["auroc"]["value"].as_f64();
+        value.unwrap()
+    };
+    let (one, two) = (each("one"), each("two"));
+    assert_eq!(auroc["seeds"], json!([one.min(two), one.max(two)]));
+    assert!((auroc["value"].as_f64().unwrap() - (one + two) / 2.0).abs() < 1e-9);
+    let hash = |report: &Value| report["configuration"]["configuration_hash"].clone();
+    assert_ne!(hash(&alone), hash(&beside));
+
+    bench.refused(&format!("{line} --refit p.safetensors"), "twice");
+    bench.refused(&format!("{line} --refit elsewhere.safetensors"), "sites");
+    bench.refused(
+        &format!("{line} --refit one.safetensors --json one.safetensors"),
+        "one",
+    );
+}
+
+#[test]
 fn overlapping_intervals_print_no_claim() {
     let bench = Bench::new();
     bench.fit_probe();

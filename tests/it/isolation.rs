@@ -125,6 +125,32 @@ fn so_do_they_where_prompts_take_a_share_of_the_time() {
 }
 
 #[test]
+fn so_do_they_however_many_threads_compute() {
+    for (model, weights) in [
+        ("llama/model-mixed.gguf", WeightFormat::AsIs),
+        ("llama/hf", WeightFormat::F32),
+        ("gemma3/hf", WeightFormat::Bf16),
+    ] {
+        let kv = KvType::Bf16;
+        let one = Setup {
+            model,
+            weights,
+            kv,
+            ..LLAMA
+        };
+        let alone = alone(one);
+        for threads in [2, 3] {
+            let rig = Rig::start(Setup { threads, ..one });
+            let snapshot = rig.library().complete().snapshot();
+            let together = rig.run_all(&snapshot, guests().map(Draft::uncached));
+            for (place, (together, alone)) in together.iter().zip(&alone).enumerate() {
+                assert_eq!(&together.bits(), alone, "{model} {threads} guest {place}");
+            }
+        }
+    }
+}
+
+#[test]
 fn so_do_they_on_a_model_with_windows_and_many_layers() {
     check_in_company(GEMMA, &[7, 100_000]);
 }

@@ -41,6 +41,7 @@ pub(crate) struct Setup {
     /// Of memory for keys and values.
     pub(crate) kv_blocks: u64,
     pub(crate) capture_bytes: u64,
+    pub(crate) threads: usize,
 }
 
 pub(crate) const LLAMA: Setup = Setup {
@@ -54,6 +55,7 @@ pub(crate) const LLAMA: Setup = Setup {
     context: None,
     kv_blocks: 4096,
     capture_bytes: 1 << 30,
+    threads: 1,
 };
 
 pub(crate) const GEMMA: Setup = Setup {
@@ -109,7 +111,7 @@ impl Rig {
             prefill_share: setup.share,
             kv_bytes: setup.kv_blocks * KvCache::block_bytes(model.decoder.config(), setup.kv),
             kv_type: setup.kv,
-            threads: 1,
+            threads: setup.threads,
             capture_bytes: setup.capture_bytes,
             context_limit: setup.context,
             journal_key: [7; 32],

@@ -14,7 +14,7 @@ use super::layers::Sweep;
 use super::ledger::{Entry, Ledger};
 use super::logistic::sigmoid;
 use super::measure::{BINS, RATES, Rate, Sample, histogram, reliability, roc};
-use super::reading::{ReadSet, read};
+use super::reading::{ReadSet, read, sites};
 use super::recipe::Recipe;
 use super::report::{
     BaselineFacts, CategoryRow, Configuration, Detection, PointRow, ProbeFacts, ProbeReport,
@@ -51,6 +51,35 @@ pub struct Options {
 pub struct Subject {
     pub probe: Probe,
     pub standing: String,
+    /// The same probe fitted with other seeds, told beside it as their mean and range.
+    pub refits: Vec<Probe>,
+}
+
+impl Subject {
+    /// Each file must hold a probe that reads what this one reads, and each another one.
+    pub fn with_refits(mut self, bench: &Bench, files: &[PathBuf]) -> Result<Self> {
+        for file in files {
+            let refit = from_file(bench, file)?.probe;
+            let (of, own) = (refit.manifest(), self.probe.manifest());
+            let told = |message: String| Error::file(file.display(), message);
+            if (of.kind, of.positions) != (own.kind, own.positions)
+                || sites(&refit) != sites(&self.probe)
+                || of.gathers != own.gathers
+            {
+                let name = self.probe.name();
+                return Err(told(format!(
+                    "--refit needs {name} fitted with another seed; this differs in kind, sites, \
+                     positions or gathers"
+                )));
+            }
+            let same = |other: &Probe| other.content_hash() == refit.content_hash();
+            if same(&self.probe) || self.refits.iter().any(same) {
+                return Err(told("--refit names the same probe twice".into()));
+            }
+            self.refits.push(refit);
+        }
+        Ok(self)
+    }
 }
 
 const HISTOGRAM_BINS: usize = 30;
@@ -84,6 +113,7 @@ pub fn find(bench: &Bench, named: &str) -> Result<Subject> {
     Ok(Subject {
         probe: loaded.probe.clone(),
         standing,
+        refits: Vec::new(),
     })
 }
 
@@ -103,6 +133,7 @@ fn from_file(bench: &Bench, path: &Path) -> Result<Subject> {
             Verification::Native => "native".into(),
             Verification::Unverified => "other weights, canaries not run".into(),
         },
+        refits: Vec::new(),
     })
 }
 
@@ -145,13 +176,14 @@ pub async fn evaluate(
     let known: Arc<HashSet<String>> = Arc::new(known.iter().map(|text| plain(text)).collect());
     let mut reports = Vec::with_capacity(sets.len());
     for set in sets {
-        let readings = read(bench, probe, &set, &mut *tick).await?;
+        let readings = read(bench, probe, &subject.refits, &set, &mut *tick).await?;
         let scored = match &baselines {
             None => Vec::new(),
             Some(baselines) => baselines.score(bench, &set, &mut *tick).await?,
         };
         let evaluation = Evaluation {
             probe: probe.clone(),
+            refits: subject.refits.clone(),
             gather,
             set,
             known: known.clone(),
@@ -203,6 +235,7 @@ fn log(ledger: &mut Ledger, report: &mut ProbeReport) -> Result<()> {
 /// One set under evaluation.
 struct Evaluation {
     probe: Probe,
+    refits: Vec<Probe>,
     gather: Gather,
     set: EvalSet,
     /// Texts of the baselines' training set.
@@ -230,6 +263,7 @@ impl Evaluation {
             runs_logged: None,
             remarks: self.remarks(),
             claims: claims(&scorers),
+            refits: self.refit_report(readings),
             categories: self.categories(readings, scorers[0].one_percent())?,
             scorers,
         })
@@ -262,6 +296,22 @@ impl Evaluation {
         let points = points.collect::<Result<_>>()?;
         let name = self.probe.name().to_owned();
         Ok(self.scorer(name, &[logits], probabilities.as_deref(), points))
+    }
+
+    /// The refits as runs of one scorer; none without any.
+    fn refit_report(&self, readings: &ReadSet) -> Option<ScorerReport> {
+        let ranked = |rows: &Vec<Scored>| -> Vec<f32> {
+            rows.iter().map(|row| row.ranked(&self.gather)).collect()
+        };
+        let runs: Vec<Vec<f32>> = readings.refits.iter().map(ranked).collect();
+        let probabilities = self.refits.iter().zip(&runs).map(|(refit, run)| {
+            let calibration = refit.manifest().calibration(&self.gather).ok()?;
+            let of_row = |logit: &f32| calibration.probability(*logit);
+            Some(run.iter().map(of_row).collect::<Vec<f32>>())
+        });
+        let probabilities: Option<Vec<_>> = probabilities.collect();
+        let name = format!("{}, {} other fits", self.probe.name(), runs.len());
+        (!runs.is_empty()).then(|| self.scorer(name, &runs, probabilities.as_deref(), Vec::new()))
     }
 
     fn point(&self, point: &OperatingPoint, readings: &ReadSet) -> Result<PointRow> {
@@ -491,6 +541,7 @@ fn configuration(
     let mut parts = vec![subject.probe.content_hash(), &gather];
     let data = train.into_iter().chain(sets);
     parts.extend(data.map(|set| set.labelled.record.sha256.as_str()));
+    parts.extend(subject.refits.iter().map(Probe::content_hash));
     configuration.sealed(&parts)
 }
 

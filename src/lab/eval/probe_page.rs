@@ -162,7 +162,7 @@ fn ranking_table(set: &SetReport) -> Table {
             "ECE, 15 bins",
         ],
     );
-    for scorer in &set.scorers {
+    for scorer in set.scorers.iter().chain(&set.refits) {
         let mut row = vec![scorer.name.clone(), number(&scorer.auroc)];
         row.extend((0..scorer.detection.len()).map(|index| detection(scorer, index, set)));
         row.push(number(&scorer.ece));

@@ -16,15 +16,25 @@ pub struct ReadSet {
     pub rows: Vec<Scored>,
     /// Rows of a form that the probe was not trained on.
     pub out_of_domain: usize,
+    /// The rows once more for each refit of the probe.
+    pub refits: Vec<Vec<Scored>>,
 }
 
-/// Reads the states of every row at the probe's sites, and scores them.
-pub async fn read(bench: &Bench, probe: &Probe, set: &EvalSet, tick: Tick<'_>) -> Result<ReadSet> {
+/// Reads the states of every row at the probe's sites, and scores them; also by `refits`, which
+/// read the same states.
+pub async fn read(
+    bench: &Bench,
+    probe: &Probe,
+    refits: &[Probe],
+    set: &EvalSet,
+    tick: Tick<'_>,
+) -> Result<ReadSet> {
     let sites = sites(probe);
     let manifest = probe.manifest();
     let mut read = ReadSet {
         rows: Vec::with_capacity(set.groups.len()),
         out_of_domain: 0,
+        refits: vec![Vec::with_capacity(set.groups.len()); refits.len()],
     };
     set.labelled
         .visit(
@@ -41,6 +51,9 @@ pub async fn read(bench: &Bench, probe: &Probe, set: &EvalSet, tick: Tick<'_>) -
                     examples: std::slice::from_ref(&example),
                 };
                 read.rows.push(Scored::of(probe, &readings, &example)?);
+                for (rows, refit) in read.refits.iter_mut().zip(refits) {
+                    rows.push(Scored::of(refit, &readings, &example)?);
+                }
                 Ok(())
             },
         )
@@ -49,7 +62,7 @@ pub async fn read(bench: &Bench, probe: &Probe, set: &EvalSet, tick: Tick<'_>) -
 }
 
 /// Each site once, in the order of the heads.
-fn sites(probe: &Probe) -> Vec<Site> {
+pub(super) fn sites(probe: &Probe) -> Vec<Site> {
     let mut sites: Vec<Site> = Vec::new();
     for head in probe.heads() {
         if !sites.contains(&head.site) {

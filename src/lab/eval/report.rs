@@ -131,6 +131,9 @@ pub struct SetReport {
     pub remarks: Vec<String>,
     /// The probe, then the baselines.
     pub scorers: Vec<ScorerReport>,
+    /// The probe fitted with other seeds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refits: Option<ScorerReport>,
     pub claims: Vec<ClaimRow>,
     /// At the probe's threshold for one false positive in a hundred.
     pub categories: Vec<CategoryRow>,
