@@ -303,7 +303,11 @@ fn log(ledger: &mut Ledger, report: &mut PolicyReport) -> Result<()> {
         commit: report.configuration.commit.clone(),
         set: set.data.name.clone(),
         set_sha256: set.data.sha256.clone(),
-        what: format!("policy {}", report.policy),
+        what: format!(
+            "policy {} of library {}",
+            report.policy,
+            short(&report.library_hash)
+        ),
         hash: report.policy_hash.clone(),
         result: set.line(),
     };
@@ -313,6 +317,11 @@ fn log(ledger: &mut Ledger, report: &mut PolicyReport) -> Result<()> {
         set.runs_logged = Some(ledger.runs_on(&set.data.sha256));
     }
     Ok(())
+}
+
+/// Enough of a hash to tell libraries apart.
+fn short(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
 }
 
 impl LabelReport {
