@@ -50,10 +50,18 @@ pub(super) struct Args {
 #[derive(Clone, Debug, Deserialize)]
 struct Chat {
     text: String,
+    /// What is shown in its place: harmful prompts are put on no screen.
+    shown: Option<String>,
     category: String,
     expect: Expect,
     /// The policy to chat under; chosen by turns when unset.
     policy: Option<String>,
+}
+
+impl Chat {
+    fn shown(&self) -> &str {
+        self.shown.as_ref().unwrap_or(&self.text)
+    }
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
@@ -157,7 +165,7 @@ async fn hold_all(address: &str, plan: &[Planned]) -> Result<Vec<Held>> {
             plan.len(),
             planned.chat.category.replace('_', " "),
             planned.policy,
-            shortened(&planned.chat.text, 100),
+            shortened(planned.chat.shown(), 100),
         );
         print(&head)?;
         held.push(hold(&mut client, planned).await?);
@@ -310,7 +318,7 @@ fn table(plan: &[Planned], held: &[Held]) -> Table {
             format!("{name} {value:.2}")
         };
         table.add_row([
-            shortened(&planned.chat.text, 36),
+            shortened(planned.chat.shown(), 36),
             expected,
             done(held),
             held.rule.clone(),
@@ -354,6 +362,15 @@ mod tests {
         for (policy, action) in ACTING_POLICIES {
             let shows = |p: &Planned| p.policy == policy && p.action == Some(action);
             assert!(plan.iter().any(shows), "{policy}");
+        }
+    }
+
+    #[test]
+    fn no_harmful_prompt_is_shown() {
+        for planned in plan(CHATS).expect("plans") {
+            let hidden = planned.chat.shown() != planned.chat.text;
+            assert_eq!(hidden, planned.chat.expect == Expect::Refused);
+            assert!(!hidden || !planned.chat.shown().contains(&planned.chat.text));
         }
     }
 
