@@ -143,8 +143,8 @@ def check_prompts(files, faults):
         for row in files[name]:
             # What the demo puts on the screen in place of a harmful prompt.
             shown = {"shown"} if name == "demo" and row.get("label") == "harmful" else set()
-            if set(row) != wanted | shown:
-                faults.append(f"{name}: {row.get('id')}: fields {sorted(set(row) ^ (wanted | shown))} missing or unknown")
+            if unlike := set(row) ^ (wanted | shown):
+                faults.append(f"{name}: {row.get('id')}: fields {sorted(unlike)} missing or unknown")
             if row.get("label") not in ("harmful", "benign"):
                 faults.append(f"{name}: {row.get('id')}: label must be harmful or benign")
             if row["text"] != row["text"].strip():
@@ -274,7 +274,7 @@ def check_judged(files, faults):
         for row in rows:
             identity, prompt = f"{name}: {row.get('id')}", prompts.get(row.get("prompt_id"))
             if set(row) != wanted:
-                faults.append(f"{identity}: fields {sorted(set(row) ^ (wanted | shown))} missing or unknown")
+                faults.append(f"{identity}: fields {sorted(set(row) ^ wanted)} missing or unknown")
             if row.get("label") not in JUDGED or row.get("second_label", JUDGED[0]) not in JUDGED:
                 faults.append(f"{identity}: label outside the closed list")
             if row.get("origin") not in ORIGINS:

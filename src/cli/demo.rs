@@ -38,7 +38,8 @@ const SHOWN_TOKENS: usize = 8;
 
 /// Starts a server on free loopback ports and chats with it: harmless prompts, some that only sound
 /// dangerous, harmful ones, and one wrapped in a jailbreak. Each token is shown in the colour of what
-/// the probe `response_harm` read of the last eight, from green to red. Exits with 0 only if everything went as it should.
+/// the probe `response_harm` read of the last eight, from green to red. Exits with 0 only if
+/// everything went as it should.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// A GGUF file, a Hugging Face folder, or a known name [default: smollm2-135m-instruct]
@@ -368,9 +369,8 @@ mod tests {
     #[test]
     fn no_harmful_prompt_is_shown() {
         for planned in plan(CHATS).expect("plans") {
-            let hidden = planned.chat.shown() != planned.chat.text;
+            let hidden = !planned.chat.shown().contains(&planned.chat.text);
             assert_eq!(hidden, planned.chat.expect == Expect::Refused);
-            assert!(!hidden || !planned.chat.shown().contains(&planned.chat.text));
         }
     }
 

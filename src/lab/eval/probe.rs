@@ -287,10 +287,7 @@ impl Evaluation {
             .iter()
             .map(|row| row.ranked(&self.gather))
             .collect();
-        let probabilities = self.calibration().map(|calibration| {
-            let of_row = |logit: &f32| calibration.probability(*logit);
-            vec![logits.iter().map(of_row).collect::<Vec<f32>>()]
-        });
+        let probabilities = self.calibration().map(|c| vec![calibrated(c, &logits)]);
         let points = self.calibration().map_or(&[][..], |c| &c.thresholds[..]);
         let points = points.iter().map(|point| self.point(point, readings));
         let points = points.collect::<Result<_>>()?;
@@ -306,8 +303,7 @@ impl Evaluation {
         let runs: Vec<Vec<f32>> = readings.refits.iter().map(ranked).collect();
         let probabilities = self.refits.iter().zip(&runs).map(|(refit, run)| {
             let calibration = refit.manifest().calibration(&self.gather).ok()?;
-            let of_row = |logit: &f32| calibration.probability(*logit);
-            Some(run.iter().map(of_row).collect::<Vec<f32>>())
+            Some(calibrated(calibration, run))
         });
         let probabilities: Option<Vec<_>> = probabilities.collect();
         let name = format!("{}, {} other fits", self.probe.name(), runs.len());
@@ -458,6 +454,11 @@ impl Evaluation {
         }
         remarks
     }
+}
+
+fn calibrated(calibration: &Calibration, logits: &[f32]) -> Vec<f32> {
+    let of_row = |logit: &f32| calibration.probability(*logit);
+    logits.iter().map(of_row).collect()
 }
 
 /// Of a text's words alone, so that spacing and case hide no copy.
