@@ -4,10 +4,12 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
 use inwit::hooks::{HookPlan, HookRun, ProbeStack, Site};
-use inwit::lab::monitoring::{Monitor, Monitoring};
+use inwit::lab::monitoring::{Monitor, Monitoring, POLICY, PROBES};
+use inwit::policy::{PolicyState, StepLog};
 use inwit::registry::ModelIds;
+use inwit_probes::TokenOutput;
 
 const LAYERS: usize = 30;
 const WIDTH: usize = 576;
@@ -53,7 +55,9 @@ fn pass(plan: &HookPlan, hidden: &Tensor, rows: usize) {
     }
     let scores = run.finish().expect("scores");
     for row in 0..rows {
-        black_box(scores.of_row(row));
+        scores
+            .of_row(row)
+            .for_each(|output| drop(black_box(output)));
     }
 }
 
@@ -75,6 +79,27 @@ fn hooks(c: &mut Criterion) {
         }
     }
     group.finish();
+    record(c, &monitoring);
+}
+
+/// What is left for the end of an answer: the probabilities of its record.
+fn record(c: &mut Criterion, monitoring: &Monitoring) {
+    let policy = monitoring.snapshot.policy(Some(POLICY)).expect("is there");
+    let outputs: Vec<_> = (0..PROBES)
+        .map(|probe| Some(TokenOutput::logit(probe as f32 * 0.3 - 1.0)))
+        .collect();
+    let log = || {
+        let (mut log, mut state) = (StepLog::default(), PolicyState::new(policy));
+        for k in 1..=128 {
+            state.observe_generated(policy, k, k, &outputs);
+            let decision = state.decide(policy);
+            log.decided(decision, &state);
+        }
+        log
+    };
+    c.bench_function("record of 128 tokens", |b| {
+        b.iter_batched(log, |log| log.finish(policy), BatchSize::SmallInput);
+    });
 }
 
 criterion_group!(benches, hooks);

@@ -8,6 +8,11 @@ use clap::Parser;
 use inwit::cli::{Cli, exit_code, log_filter, run};
 use tracing_subscriber::EnvFilter;
 
+/// With the system's allocator whatever monitoring holds moves where the next buffers of a pass lie,
+/// and with it how fast the pass is.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = match filter(&cli) {

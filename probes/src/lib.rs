@@ -42,7 +42,7 @@ pub use manifest::{
     Canary, CanaryFailure, Combine, DataRecord, HeadSpec, Kind, Manifest, Metric, ModelIdentity,
     NormKind, Positions, Record, SystemPromptRule, TrainedOn, Verification,
 };
-pub use probe::{FoldedHead, Head, InputNorm, Probe, TwoLayer};
+pub use probe::{Finisher, FoldedHead, Head, InputNorm, Probe, TwoLayer};
 pub use refusal_head::{RefusalHead, RefusalHeadManifest};
 pub use site::Site;
 pub use vector::{NormStatistics, SteeringVector, VectorManifest};

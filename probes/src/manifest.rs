@@ -31,7 +31,7 @@ pub struct Manifest {
     pub name: String,
     pub kind: Kind,
     pub d_model: usize,
-    /// In the order in which head outputs are handed to `Probe::finish`.
+    /// In the order in which head outputs are handed to `Finisher::finish`.
     pub heads: Vec<HeadSpec>,
     pub combine: Combine,
     pub positions: Positions,

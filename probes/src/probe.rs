@@ -13,7 +13,26 @@ pub struct Probe {
     manifest: Manifest,
     heads: Vec<Head>,
     prober: Option<TwoLayer>,
+    finisher: Finisher,
     content_hash: String,
+}
+
+/// How head outputs become one token's output: all that a step asks of a probe besides its heads'
+/// weights, apart from the rest of it, which a pass would have to bring from memory as well.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Finisher {
+    heads: usize,
+    /// Of each head.
+    out: usize,
+    combined: Combined,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Combined {
+    Sum,
+    /// Sums of values and of keys.
+    Attention,
+    TwoLayer(Box<TwoLayer>),
 }
 
 /// A linear readout of one site: `W norm(h) + b`.
@@ -109,7 +128,17 @@ impl Probe {
                 ));
             }
         }
+        let combined = match &prober {
+            Some(prober) => Combined::TwoLayer(Box::new(prober.clone())),
+            None if manifest.kind == Kind::Attention => Combined::Attention,
+            None => Combined::Sum,
+        };
         let probe = Self {
+            finisher: Finisher {
+                heads: heads.len(),
+                out: hidden,
+                combined,
+            },
             manifest,
             heads,
             prober,
@@ -171,35 +200,8 @@ impl Probe {
         self.heads.iter().map(Head::folded).collect()
     }
 
-    /// One row's output from its heads' outputs, each `[out]`, in the order of the heads.
-    pub fn finish<'a>(
-        &self,
-        head_outputs: impl ExactSizeIterator<Item = &'a [f32]> + Clone,
-    ) -> Result<TokenOutput, ScoreFailure> {
-        let out = self.heads.first().map_or(0, |head| head.out);
-        let fits = head_outputs.len() == self.heads.len()
-            && head_outputs.clone().all(|output| output.len() == out);
-        if !fits {
-            return Err(ScoreFailure::Shape);
-        }
-        let sum = |j: usize| {
-            let of_heads = head_outputs.clone().map(|output| f64::from(output[j]));
-            of_heads.sum::<f64>()
-        };
-        let output = match &self.prober {
-            Some(prober) => TokenOutput::logit(prober.logit(sum, out) as f32),
-            None if self.manifest.kind == Kind::Attention => {
-                let count = out / 2;
-                let pair = |head: usize| (sum(head) as f32, sum(count + head) as f32);
-                TokenOutput {
-                    logit: (0..count).map(sum).sum::<f64>() as f32,
-                    attention: AttentionHeads::new((0..count).map(pair))
-                        .ok_or(ScoreFailure::Shape)?,
-                }
-            }
-            None => TokenOutput::logit(sum(0) as f32),
-        };
-        output.finite()
+    pub fn finisher(&self) -> &Finisher {
+        &self.finisher
     }
 
     /// The plain definition, from the hidden states of one row (`[d_model]` at each site).
@@ -212,7 +214,7 @@ impl Probe {
             .iter()
             .map(|head| head.apply(hidden(head.site)))
             .collect::<Result<Vec<_>, _>>()?;
-        self.finish(outputs.iter().map(Vec::as_slice))
+        self.finisher.finish(outputs.iter().map(Vec::as_slice))
     }
 
     /// A score that no hidden state can move is a mistake, not a probe.
@@ -234,6 +236,39 @@ impl Probe {
             ));
         }
         Ok(())
+    }
+}
+
+impl Finisher {
+    /// One row's output from its heads' outputs, each `[out]`, in the order of the heads.
+    pub fn finish<'a>(
+        &self,
+        head_outputs: impl ExactSizeIterator<Item = &'a [f32]> + Clone,
+    ) -> Result<TokenOutput, ScoreFailure> {
+        let out = self.out;
+        let fits = head_outputs.len() == self.heads
+            && head_outputs.clone().all(|output| output.len() == out);
+        if !fits {
+            return Err(ScoreFailure::Shape);
+        }
+        let sum = |j: usize| {
+            let of_heads = head_outputs.clone().map(|output| f64::from(output[j]));
+            of_heads.sum::<f64>()
+        };
+        let output = match &self.combined {
+            Combined::TwoLayer(prober) => TokenOutput::logit(prober.logit(sum, out) as f32),
+            Combined::Attention => {
+                let count = out / 2;
+                let pair = |head: usize| (sum(head) as f32, sum(count + head) as f32);
+                TokenOutput {
+                    logit: (0..count).map(sum).sum::<f64>() as f32,
+                    attention: AttentionHeads::new((0..count).map(pair))
+                        .ok_or(ScoreFailure::Shape)?,
+                }
+            }
+            Combined::Sum => TokenOutput::logit(sum(0) as f32),
+        };
+        output.finite()
     }
 }
 
@@ -428,7 +463,7 @@ mod tests {
     }
 
     fn finish(probe: &Probe, outputs: &[&[f32]]) -> Result<TokenOutput, ScoreFailure> {
-        probe.finish(outputs.iter().copied())
+        probe.finisher().finish(outputs.iter().copied())
     }
 
     proptest! {

@@ -24,3 +24,4 @@ pub use prepare::{
 };
 pub use request::{PositionSelection, Request};
 pub use scheduler::{Pace, Pending};
+pub(crate) use sequence::fetch_policy;

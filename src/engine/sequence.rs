@@ -23,9 +23,10 @@ use crate::error::Error;
 use crate::hooks::ProbeStack;
 use crate::metrics;
 use crate::model::Tokenizer;
+use crate::model::kernels::prefetch;
 use crate::policy::{
     Action, ActionTaken, Decision, DecisionRecord, DecisionSink, DecisionStep, Detector, Failed,
-    Mode, OnFailure, Policy, PolicyState, Reading, RuleAction, SteerKind, SteerPositions,
+    Mode, OnFailure, Policy, PolicyState, Reading, RuleAction, SteerKind, SteerPositions, StepLog,
 };
 use crate::registry::{Head, Snapshot};
 
@@ -74,7 +75,7 @@ pub(super) struct Sequence {
     anything_left: bool,
     /// States of tokens that may yet be withheld, in order of position.
     held_captures: VecDeque<Captured>,
-    steps: Vec<DecisionStep>,
+    steps: StepLog,
     actions: Vec<ActionTaken>,
     /// Whether the sink was given the decision.
     recorded: bool,
@@ -122,6 +123,13 @@ enum Token {
     Generated {
         k: u32,
     },
+}
+
+/// Asks for what a policy's step reads, ahead of it.
+pub(crate) fn fetch_policy(policy: &Policy, state: &PolicyState) {
+    prefetch(state.detectors());
+    prefetch(&policy.detectors);
+    prefetch(&policy.rules);
 }
 
 fn show(
@@ -205,7 +213,7 @@ impl Sequence {
             told_scores: 0,
             anything_left: false,
             held_captures: VecDeque::new(),
-            steps: Vec::new(),
+            steps: StepLog::default(),
             actions: Vec::new(),
             recorded: false,
             partially_monitored: false,
@@ -321,6 +329,11 @@ impl Sequence {
         Flow::Done
     }
 
+    /// Asks for what `observe_pass` will read: it was last used a whole pass of weights ago.
+    pub(super) fn fetch(&self) {
+        fetch_policy(&self.request.monitor.policy, &self.state);
+    }
+
     /// Takes in what the probes said in one pass over `rows` of its tokens, and lets the policy
     /// judge. `outputs`: per row, what each probe said.
     pub(super) fn observe_pass(&mut self, rows: usize, outputs: Vec<Vec<TokenOutput>>) {
@@ -426,10 +439,7 @@ impl Sequence {
         }
         let policy = self.policy();
         let decision = self.state.decide(&policy);
-        self.steps.push(DecisionStep::Decided {
-            decision: decision.clone(),
-            readings: self.state.readings(&policy),
-        });
+        self.steps.decided(decision.clone(), &self.state);
         for fired in &decision.fired {
             let rule = &policy.rules[fired.rule];
             let evidence = self.scores_of(&policy, &fired.evidence, true);
@@ -969,7 +979,7 @@ impl Sequence {
             probes: record::probe_identities(&self.request.monitor.snapshot),
             prompt: record::prompt(&self.request.prompt, &around.journal_key),
             interventions: record::interventions(&self.request),
-            steps: std::mem::take(&mut self.steps),
+            steps: std::mem::take(&mut self.steps).finish(&self.request.monitor.policy),
             actions: std::mem::take(&mut self.actions),
             action: self.state.action().max(self.acted),
             finish_reason: finish_reason.to_owned(),

@@ -485,6 +485,9 @@ fn observe(
     running: &mut [Sequence],
     broken: &[usize],
 ) -> Result<Vec<usize>> {
+    for (index, _) in picked {
+        running[*index].fetch();
+    }
     let mut scores = run.finish()?;
     let mut captured = std::mem::take(&mut scores.captured);
     let mut undecided = Vec::new();
@@ -503,7 +506,7 @@ fn observe(
             sequence.take_captured(captured, span.first_row, span.start);
         }
         let outputs = of_span.map(|row| {
-            let outputs = scores.of_row(row).unwrap_or_default().into_iter();
+            let outputs = scores.of_row(row);
             outputs.map(|output| output.unwrap_or(FAILED)).collect()
         });
         sequence.observe_pass(*rows, outputs.collect());

@@ -14,23 +14,24 @@ pub const INTERVENTION_LIMIT: usize = 64;
 /// Rows, sites and actions of one step. An empty plan costs one comparison per site.
 pub struct HookPlan {
     n_layers: usize,
-    /// By `Site::index`: one more than the place in `sites`, or 0 where nothing is done.
-    places: Vec<u32>,
+    /// Where something is done, in the order of a pass.
     sites: Vec<SitePlan>,
     pub(super) groups: Vec<ScoreGroup>,
 }
 
-#[derive(Default)]
 pub(super) struct SitePlan {
+    /// `Site::index`
+    pub(super) index: usize,
     pub(super) steers: Vec<RowSteer>,
-    /// Indices into the plan's score groups.
-    pub(super) scores: Vec<usize>,
+    /// Whether a score group reads it.
+    pub(super) scored: bool,
     pub(super) captures: Vec<CaptureRows>,
 }
 
 /// Rows that are scored by the same probes.
 pub(super) struct ScoreGroup {
     pub(super) stack: Arc<ProbeStack>,
+    /// Ascending.
     pub(super) rows: Vec<usize>,
 }
 
@@ -89,7 +90,6 @@ impl HookPlan {
     pub fn new(n_layers: usize) -> Self {
         Self {
             n_layers,
-            places: vec![0; Site::count(n_layers)],
             sites: Vec::new(),
             groups: Vec::new(),
         }
@@ -99,30 +99,31 @@ impl HookPlan {
         self.n_layers
     }
 
-    /// The first site from `index` on where something is done, by `Site::index`; beyond every site
-    /// where there is none.
-    pub(super) fn next_stop(&self, index: usize) -> usize {
-        let rest = self.places.get(index..).unwrap_or_default();
-        let next = rest.iter().position(|place| *place != 0);
-        next.map_or(usize::MAX, |ahead| index + ahead)
+    pub(super) fn sites(&self) -> &[SitePlan] {
+        &self.sites
     }
 
-    /// What is done at a site, by `Site::index`; none where nothing is.
-    pub(super) fn at(&self, index: usize) -> Option<&SitePlan> {
-        let place = *self.places.get(index)? as usize;
-        self.sites.get(place.checked_sub(1)?)
+    /// How many sites some group reads.
+    pub(super) fn scored_sites(&self) -> usize {
+        self.sites.iter().filter(|site| site.scored).count()
     }
 
     fn at_mut(&mut self, index: usize) -> &mut SitePlan {
-        if self.places[index] == 0 {
-            self.sites.push(SitePlan::default());
-            self.places[index] = self.sites.len() as u32;
-        }
-        let place = self.places[index] as usize - 1;
+        let place = self.sites.binary_search_by_key(&index, |site| site.index);
+        let place = place.unwrap_or_else(|place| {
+            let site = SitePlan {
+                index,
+                steers: Vec::new(),
+                scored: false,
+                captures: Vec::new(),
+            };
+            self.sites.insert(place, site);
+            place
+        });
         &mut self.sites[place]
     }
 
-    /// Scores `rows` with every probe of `stack`.
+    /// Scores `rows` with every probe of `stack`. Rows come in the order of the batch.
     pub fn score(&mut self, stack: &Arc<ProbeStack>, rows: Range<usize>) {
         if stack.is_empty() || rows.is_empty() {
             return;
@@ -132,16 +133,16 @@ impl HookPlan {
             .iter_mut()
             .find(|group| Arc::ptr_eq(&group.stack, stack))
         {
+            debug_assert!(group.rows.last() < Some(&rows.start), "rows in order");
             group.rows.extend(rows);
             return;
         }
-        let group = self.groups.len();
         self.groups.push(ScoreGroup {
             stack: Arc::clone(stack),
             rows: rows.collect(),
         });
         for index in stack.sites() {
-            self.at_mut(index).scores.push(group);
+            self.at_mut(index).scored = true;
         }
     }
 

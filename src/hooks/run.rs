@@ -1,5 +1,6 @@
 //! Carries a plan out while a forward pass goes by.
 
+use std::mem::take;
 use std::ops::Range;
 
 use candle_core::Tensor;
@@ -8,27 +9,40 @@ use inwit_probes::{ScoreFailure, Site, TokenOutput};
 use super::plan::{CaptureRows, HookPlan, InterventionKind, RowSteer};
 use crate::error::{Error, Result};
 use crate::model::host;
-use crate::model::kernels::{axpy, dot};
+use crate::model::kernels::{axpy, dot, prefetch};
 
 /// One pass under one plan. Made for the pass, gone with it.
 pub struct HookRun<'a> {
     plan: &'a HookPlan,
     /// For each score group `[rows of the group, width of its stack]`.
     scores: Vec<Vec<f32>>,
-    /// For each score group, row of the batch -> row of the group plus one; 0 is absent.
-    group_rows: Vec<Vec<usize>>,
     captured: Vec<Captured>,
     failures: Vec<(usize, ScoreFailure)>,
+    /// Of the batch.
+    rows: usize,
     n_layers: usize,
     /// Where something is to be done next, by `Site::index`; beyond every site once all is done.
     /// A pass visits some 150 sites after streaming weights through the caches, so those where
     /// nothing is done look at nothing but this run.
     next_stop: usize,
-    /// States that are still to be scored, by `Site::index`. They are scored together, when the
-    /// pass is over or a condition asks: weights and code have to be brought in from memory once
-    /// instead of at every site.
-    unscored: Vec<(usize, Tensor)>,
+    /// How many of the plan's sites are behind.
+    passed: usize,
+    /// How many of them some group reads.
+    scored_sites: usize,
+    /// Sites whose states are still to be scored, by `Site::index`, in the order of a pass. Of few
+    /// rows they are scored together, when the pass is over or a condition asks: weights and code
+    /// have to be brought in from memory once instead of at every site.
+    unscored: Vec<usize>,
+    /// The states of `unscored`, `[rows, d_model]` each. A copy: the pass goes on in the memory
+    /// that it would have used without.
+    kept: Vec<f32>,
+    /// The same on another device, which a copy would make wait.
+    elsewhere: Vec<(usize, Tensor)>,
 }
+
+/// Numbers beyond which states are scored where they come by: more than a megabyte would not stay
+/// near, and so many rows pay for what scoring brings from memory.
+const KEPT_NUMBERS: usize = 1 << 18;
 
 /// Hidden states of some rows at one site.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,7 +58,6 @@ pub struct Captured {
 pub struct Scores<'a> {
     plan: &'a HookPlan,
     scores: Vec<Vec<f32>>,
-    group_rows: Vec<Vec<usize>>,
     pub captured: Vec<Captured>,
     /// Rows whose condition could not be decided, because its probe gave no number.
     pub failures: Vec<(usize, ScoreFailure)>,
@@ -58,26 +71,19 @@ impl<'a> HookRun<'a> {
             .iter()
             .map(|group| vec![0f32; group.rows.len() * group.stack.width()])
             .collect();
-        let group_rows = plan
-            .groups
-            .iter()
-            .map(|group| {
-                let mut places = vec![0; rows];
-                for (place, row) in group.rows.iter().enumerate() {
-                    places[*row] = place + 1;
-                }
-                places
-            })
-            .collect();
         Self {
             plan,
             scores,
-            group_rows,
             captured: Vec::new(),
             failures: Vec::new(),
+            rows,
             n_layers: plan.n_layers(),
-            next_stop: plan.next_stop(0),
+            next_stop: plan.sites().first().map_or(usize::MAX, |site| site.index),
+            passed: 0,
+            scored_sites: plan.scored_sites(),
             unscored: Vec::new(),
+            kept: Vec::new(),
+            elsewhere: Vec::new(),
         }
     }
 
@@ -94,17 +100,24 @@ impl<'a> HookRun<'a> {
 
     #[inline(never)]
     fn stop(&mut self, site: Site, index: usize, hidden: Tensor) -> Result<Tensor> {
-        self.next_stop = self.plan.next_stop(index + 1);
-        let Some(actions) = self.plan.at(index) else {
-            return Ok(hidden);
+        let plan = self.plan;
+        let [actions, ahead @ ..] = &plan.sites()[self.passed..] else {
+            return Err(Error::internal("a pass went on beyond its plan"));
         };
+        if actions.index != index {
+            return Err(Error::internal("a pass left out a site of its plan"));
+        }
+        self.passed += 1;
+        self.next_stop = ahead.first().map_or(usize::MAX, |site| site.index);
         let hidden = if actions.steers.is_empty() {
             hidden
         } else {
             self.steer(&actions.steers, &hidden)?
         };
-        if !actions.scores.is_empty() {
-            self.unscored.push((index, hidden.clone()));
+        if actions.scored && hidden.device().is_cpu() {
+            host::read(&hidden, |values| self.keep_or_score(index, values))?;
+        } else if actions.scored {
+            self.elsewhere.push((index, hidden.clone()));
         }
         if !actions.captures.is_empty() {
             let width = hidden.dim(1)?;
@@ -115,29 +128,54 @@ impl<'a> HookRun<'a> {
         Ok(hidden)
     }
 
+    fn keep_or_score(&mut self, index: usize, values: &[f32]) {
+        let sites = self.scored_sites;
+        if sites * values.len() > KEPT_NUMBERS {
+            self.score_site(index, values);
+            return;
+        }
+        if self.kept.capacity() == 0 {
+            self.unscored.reserve(sites);
+            self.kept.reserve(sites * values.len());
+        }
+        self.unscored.push(index);
+        self.kept.extend_from_slice(values);
+    }
+
     /// Scores what was kept for it.
     fn score(&mut self) -> Result<()> {
-        let unscored = std::mem::take(&mut self.unscored);
-        for (index, _) in &unscored {
-            let groups = self.plan.at(*index).into_iter().flat_map(|at| &at.scores);
-            groups.for_each(|group| self.plan.groups[*group].stack.fetch(*index));
+        for (index, hidden) in take(&mut self.elsewhere) {
+            host::read(&hidden, |values| self.score_site(index, values))?;
         }
-        for (index, hidden) in unscored {
-            let Some(actions) = self.plan.at(index) else {
-                continue;
-            };
-            let width = hidden.dim(1)?;
-            host::read(&hidden, |values| {
-                for group in &actions.scores {
-                    let (plan, scores) = (&self.plan.groups[*group], &mut self.scores[*group]);
-                    let rows = plan.rows.iter();
-                    let rows = rows.map(|row| &values[row * width..(row + 1) * width]);
-                    let scores = scores.chunks_exact_mut(plan.stack.width());
-                    plan.stack.score(index, rows.zip(scores));
-                }
-            })?;
+        if self.unscored.is_empty() {
+            return Ok(());
         }
+        let (mut unscored, mut kept) = (take(&mut self.unscored), take(&mut self.kept));
+        prefetch(&kept);
+        for group in &self.plan.groups {
+            group.stack.fetch();
+        }
+        for (index, values) in unscored
+            .iter()
+            .zip(kept.chunks_exact(kept.len() / unscored.len()))
+        {
+            self.score_site(*index, values);
+        }
+        unscored.clear();
+        kept.clear();
+        (self.unscored, self.kept) = (unscored, kept);
         Ok(())
+    }
+
+    /// `values`: `[rows, d_model]`.
+    fn score_site(&mut self, index: usize, values: &[f32]) {
+        let width = values.len() / self.rows;
+        for (plan, scores) in self.plan.groups.iter().zip(&mut self.scores) {
+            let rows = plan.rows.iter();
+            let rows = rows.map(|row| &values[row * width..(row + 1) * width]);
+            let scores = scores.chunks_exact_mut(plan.stack.width());
+            plan.stack.score(index, rows.zip(scores));
+        }
     }
 
     fn capture(&mut self, site: Site, captures: &[CaptureRows], values: &[f32], width: usize) {
@@ -172,8 +210,7 @@ impl<'a> HookRun<'a> {
             std::sync::Arc::ptr_eq(&group.stack, &condition.stack)
         };
         let group = self.plan.groups.iter().position(is_stack);
-        let scores = group
-            .and_then(|group| row_of(self.plan, &self.scores, &self.group_rows, group, steer.row));
+        let scores = group.and_then(|group| row_of(self.plan, &self.scores, group, steer.row));
         let scores = scores.ok_or_else(|| {
             Error::internal("a conditional intervention on a row that is not scored")
         })?;
@@ -188,11 +225,15 @@ impl<'a> HookRun<'a> {
 
     /// The pass is over.
     pub fn finish(mut self) -> Result<Scores<'a>> {
+        if self.next_stop != usize::MAX {
+            return Err(Error::internal(
+                "a pass ended before the last site of its plan",
+            ));
+        }
         self.score()?;
         Ok(Scores {
             plan: self.plan,
             scores: self.scores,
-            group_rows: self.group_rows,
             captured: self.captured,
             failures: self.failures,
         })
@@ -202,11 +243,10 @@ impl<'a> HookRun<'a> {
 fn row_of<'a>(
     plan: &HookPlan,
     scores: &'a [Vec<f32>],
-    group_rows: &[Vec<usize>],
     group: usize,
     row: usize,
 ) -> Option<&'a [f32]> {
-    let place = group_rows[group].get(row)?.checked_sub(1)?;
+    let place = plan.groups[group].rows.binary_search(&row).ok()?;
     let width = plan.groups[group].stack.width();
     Some(&scores[group][place * width..(place + 1) * width])
 }
@@ -234,16 +274,19 @@ fn apply(kind: InterventionKind, vector: &[f32], hidden: &mut [f32]) {
 }
 
 impl Scores<'_> {
-    /// What every probe of the row's stack says of that row; none for a row that is not scored.
-    pub fn of_row(&self, row: usize) -> Option<Vec<Result<TokenOutput, ScoreFailure>>> {
-        (0..self.plan.groups.len()).find_map(|group| {
-            let scores = row_of(self.plan, &self.scores, &self.group_rows, group, row)?;
-            let stack = &self.plan.groups[group].stack;
-            Some(
-                (0..stack.probes().len())
-                    .map(|probe| stack.finish(probe, scores))
-                    .collect(),
-            )
+    /// What every probe of the row's stack says of that row; nothing for a row that is not scored.
+    pub fn of_row(
+        &self,
+        row: usize,
+    ) -> impl ExactSizeIterator<Item = Result<TokenOutput, ScoreFailure>> {
+        let groups = 0..self.plan.groups.len();
+        let mut scored =
+            groups.filter_map(|group| Some((group, row_of(self.plan, &self.scores, group, row)?)));
+        let scored = scored.next();
+        let probes = scored.map_or(0, |(group, _)| self.plan.groups[group].stack.probes().len());
+        (0..probes).map(move |probe| match scored {
+            Some((group, scores)) => self.plan.groups[group].stack.finish(probe, scores),
+            None => Err(ScoreFailure::Shape),
         })
     }
 }
@@ -252,7 +295,10 @@ impl Scores<'_> {
 mod tests {
     use super::*;
     use candle_core::Device;
+    use inwit_probes::{Head, InputNorm, Kind, Manifest, ModelIdentity, Positions, Probe};
     use std::sync::Arc;
+
+    use crate::hooks::ProbeStack;
 
     const SITE: Site = Site::ResidPost(0);
 
@@ -328,7 +374,7 @@ mod tests {
             &vector(),
             None,
         );
-        assert_eq!(plan.next_stop(0), usize::MAX);
+        assert!(plan.sites().is_empty());
     }
 
     #[test]
@@ -396,5 +442,86 @@ mod tests {
         let captured = run.finish().expect("scores").captured;
         assert_eq!(captured[0].key, 7);
         assert_eq!(captured[0].values, out[1..].concat());
+    }
+
+    /// Two heads at one site and one at another.
+    fn stack() -> Arc<ProbeStack> {
+        let probe = |name: &str, site: Site, norm: InputNorm| {
+            let model = ModelIdentity {
+                name: "tiny".into(),
+                architecture_id: "a".into(),
+                weights_id: "w".into(),
+                weight_format: "f32".into(),
+            };
+            let positions = Positions::EveryGenerated;
+            let manifest = Manifest::new(name, Kind::Logistic, 4, positions, model);
+            let head = Head {
+                site,
+                weight: vec![0.5, -1.0, 0.25, name.len() as f32],
+                bias: vec![0.125],
+                out: 1,
+                norm,
+            };
+            Arc::new(Probe::new(manifest, vec![head], None).expect("a probe"))
+        };
+        let probes = vec![
+            probe("late", Site::ResidPost(1), InputNorm::None),
+            probe("early", Site::ResidPost(0), InputNorm::Unit),
+            probe("lately", Site::ResidPost(1), InputNorm::Unit),
+        ];
+        Arc::new(ProbeStack::new(probes, 2))
+    }
+
+    fn scored(stack: &Arc<ProbeStack>, states: &[Tensor; 2], rows: Range<usize>) -> Vec<Vec<f32>> {
+        let mut plan = HookPlan::new(2);
+        plan.score(stack, rows.clone());
+        let mut run = HookRun::new(&plan, states[0].dim(0).expect("rows"));
+        for (layer, state) in states.iter().enumerate() {
+            let site = Site::ResidPost(layer as u16);
+            run.visit(site, state.clone()).expect("visits");
+        }
+        let scores = run.finish().expect("scores");
+        let of_row = |row| {
+            let outputs = scores.of_row(row);
+            outputs
+                .map(|output| output.expect("finite").logit)
+                .collect()
+        };
+        assert_eq!(scores.of_row(rows.end).len(), 0);
+        rows.map(of_row).collect()
+    }
+
+    #[test]
+    fn a_site_of_the_plan_that_does_not_come_by_fails_the_pass() {
+        let mut plan = HookPlan::new(2);
+        plan.capture(Site::MlpOut(0), 7, 0..1);
+        let mut run = HookRun::new(&plan, 3);
+        assert!(run.visit(Site::ResidPost(0), hidden()).is_err());
+        assert!(HookRun::new(&plan, 3).finish().is_err());
+    }
+
+    #[test]
+    fn few_rows_and_many_are_scored_alike() {
+        let rows = KEPT_NUMBERS / 8 + 1;
+        let states = [0, 1].map(|layer| {
+            let value = |i: usize| ((i * 7 + layer * 3) % 23) as f32 * 0.17 - 1.5;
+            let values: Vec<f32> = (0..rows * 4).map(value).collect();
+            Tensor::from_vec(values, (rows, 4), &Device::Cpu).expect("makes a tensor")
+        });
+        let stack = stack();
+        let many = scored(&stack, &states, 1..rows);
+        let few = states
+            .each_ref()
+            .map(|state| state.narrow(0, 1, 3).expect("three rows"));
+        assert_eq!(many[..2], scored(&stack, &few, 0..2));
+        assert_eq!(many.len(), rows - 1);
+        // Each probe from its own site, in its own column.
+        let row = |layer: usize| states[layer].to_vec2::<f32>().expect("reads")[1].clone();
+        for (probe, score) in stack.probes().iter().zip(&many[0]) {
+            let at = |site| if site == Site::ResidPost(0) { 0 } else { 1 };
+            let states = [row(0), row(1)];
+            let plain = probe.score_row(|site| &states[at(site)]).expect("scores");
+            assert!((plain.logit - score).abs() < 1e-5, "{}", probe.name());
+        }
     }
 }

@@ -12,11 +12,12 @@ use serde::Serialize;
 use super::monitoring::{Change, Monitor, Monitoring, POLICY};
 use super::seeded::Seeded;
 use super::statistics::{Added, Alternation, added};
+use crate::engine::fetch_policy;
 use crate::error::{Error, Result};
 use crate::hooks::{HookPlan, HookRun, ProbeStack, Scores};
 use crate::model::kernels::{ComputePool, KV_BLOCK, KvType, beside};
 use crate::model::{Batch, Decoder, KvCache, host};
-use crate::policy::{DecisionStep, Policy, PolicyState};
+use crate::policy::{DecisionStep, Policy, PolicyState, StepLog};
 
 #[derive(Clone, Debug)]
 pub struct PairedOptions {
@@ -65,7 +66,7 @@ struct Stream {
 /// What the engine keeps for a monitored sequence: the policy's state and the record.
 struct Watch {
     policy: PolicyState,
-    record: Vec<DecisionStep>,
+    record: StepLog,
     generated: u32,
 }
 
@@ -132,6 +133,13 @@ impl<'a> Steps<'a> {
         }
         for index in 0..alternations {
             let offset = index % self.options.window;
+            if offset == 0 {
+                // Other answers: the engine hands over what it kept of these.
+                for watch in &mut self.watches {
+                    let ended = std::mem::replace(watch, Watch::new(&self.policy));
+                    black_box(ended.record.finish(&self.policy));
+                }
+            }
             if offset == 0 {
                 self.watches = self
                     .watches
@@ -217,6 +225,11 @@ impl<'a> Steps<'a> {
             let (watches, policy) = (&mut self.watches, &self.policy);
             let mut scores = Ok(Vec::new());
             let observe = || {
+                if monitor == Monitor::Probes {
+                    for watch in watches.iter() {
+                        fetch_policy(policy, &watch.policy);
+                    }
+                }
                 scores = run.finish().map(|scores| {
                     if monitor == Monitor::Probes {
                         watch(watches, policy, &scores, position as u32);
@@ -251,7 +264,7 @@ impl<'a> Steps<'a> {
 /// What the engine does with the scores of monitored rows.
 fn watch(watches: &mut [Watch], policy: &Policy, scores: &Scores<'_>, position: u32) {
     for (row, watch) in watches.iter_mut().enumerate() {
-        let outputs = scores.of_row(row).unwrap_or_default().into_iter();
+        let outputs = scores.of_row(row);
         watch.observe(policy, position, outputs.map(Result::ok).collect());
     }
 }
@@ -263,7 +276,7 @@ impl Watch {
     fn new(policy: &Policy) -> Self {
         Self {
             policy: PolicyState::new(policy),
-            record: Vec::new(),
+            record: StepLog::default(),
             generated: 0,
         }
     }
@@ -278,8 +291,6 @@ impl Watch {
             outputs,
         });
         let decision = self.policy.decide(policy);
-        let readings = self.policy.readings(policy);
-        self.record
-            .push(DecisionStep::Decided { decision, readings });
+        self.record.decided(decision, &self.policy);
     }
 }

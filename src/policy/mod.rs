@@ -21,10 +21,10 @@ pub use compile::{Catalog, MAX_HOLD_BACK, MAX_STRENGTH};
 pub use document::{DEFAULT_THRESHOLD, MAX_DOCUMENT_BYTES};
 pub use record::{
     ActionTaken, DecisionRecord, DecisionSink, DecisionStep, InterventionRecord, Outcome,
-    PolicyIdentity, ProbeIdentity, PromptRecord, SamplingRecord, TimingsRecord, TokenCounts,
-    replay,
+    PolicyIdentity, ProbeIdentity, PromptRecord, SamplingRecord, StepLog, TimingsRecord,
+    TokenCounts, replay,
 };
-pub use state::{Decision, Failed, Fired, PolicyState, Reading};
+pub use state::{Decision, DetectorState, Failed, Fired, PolicyState, Reading};
 
 use crate::error::Error;
 

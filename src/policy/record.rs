@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use inwit_probes::gather::MAX_ATTENTION_HEADS;
 use inwit_probes::{AttentionHeads, TokenOutput};
 
+use super::state::Gathered;
 use super::{Action, Decision, Mode, Policy, PolicyState, Reading};
 use crate::error::{Error, Result};
 
@@ -108,6 +109,55 @@ pub enum DecisionStep {
         readings: Vec<Reading>,
     },
     Rewind,
+}
+
+/// The steps of a request under way. Probabilities are worked out at its end: no rule
+/// waits for most of them, and each pass would have to bring their code and tables from memory.
+#[derive(Debug, Default)]
+pub struct StepLog {
+    /// Those of decisions without their readings.
+    steps: Vec<DecisionStep>,
+    /// Of all decisions.
+    gathered: Vec<Gathered>,
+    /// Up to where in `gathered` each decision's reach.
+    ends: Vec<usize>,
+}
+
+impl StepLog {
+    /// Anything but a decision.
+    pub fn push(&mut self, step: DecisionStep) {
+        debug_assert!(
+            !matches!(step, DecisionStep::Decided { .. }),
+            "not a decision"
+        );
+        self.steps.push(step);
+    }
+
+    /// A decision, made in this state.
+    pub fn decided(&mut self, decision: Decision, state: &PolicyState) {
+        self.gathered.extend(state.gathered());
+        self.ends.push(self.gathered.len());
+        let readings = Vec::new();
+        self.steps
+            .push(DecisionStep::Decided { decision, readings });
+    }
+
+    /// All of it, under the policy that decided.
+    pub fn finish(mut self, policy: &Policy) -> Vec<DecisionStep> {
+        let decisions = self.steps.iter_mut().filter_map(|step| match step {
+            DecisionStep::Decided { readings, .. } => Some(readings),
+            _ => None,
+        });
+        let mut start = 0;
+        for (readings, end) in decisions.zip(self.ends) {
+            let gathered = self.gathered[start..end].iter();
+            *readings = gathered
+                .filter_map(|gathered| gathered.reading(policy))
+                .collect();
+            start = end;
+        }
+        self.steps
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -459,10 +509,14 @@ mod tests {
         }
     }
 
-    /// Runs the calls live, deciding after each, and records them as the engine does.
-    fn recorded(policy: &Policy, calls: Vec<DecisionStep>) -> DecisionRecord {
+    /// Runs the calls live, deciding after each, and records them as the engine does. Beside the
+    /// record what was read right after each decision.
+    fn recorded_beside_readings(
+        policy: &Policy,
+        calls: Vec<DecisionStep>,
+    ) -> (DecisionRecord, Vec<Vec<Reading>>) {
         let mut state = PolicyState::new(policy);
-        let mut steps = Vec::new();
+        let (mut log, mut readings) = (StepLog::default(), Vec::new());
         for call in calls {
             match &call {
                 DecisionStep::Prompt {
@@ -480,14 +534,18 @@ mod tests {
                 DecisionStep::Rewind => state.rewind(policy),
                 DecisionStep::Decided { .. } | DecisionStep::OutOfDomain { .. } => {}
             }
-            steps.push(call);
+            log.push(call);
             let decision = state.decide(policy);
-            let readings = state.readings(policy);
-            steps.push(DecisionStep::Decided { decision, readings });
+            log.decided(decision, &state);
+            readings.push(state.readings(policy));
         }
-        let mut record = record(policy, steps);
+        let mut record = record(policy, log.finish(policy));
         record.action = state.action();
-        record
+        (record, readings)
+    }
+
+    fn recorded(policy: &Policy, calls: Vec<DecisionStep>) -> DecisionRecord {
+        recorded_beside_readings(policy, calls).0
     }
 
     fn a_rewound_request() -> Vec<DecisionStep> {
@@ -506,6 +564,18 @@ mod tests {
     /// `NaN` is not equal to itself, so records are compared as they are written.
     fn json(record: &DecisionRecord) -> String {
         serde_json::to_string(record).unwrap()
+    }
+
+    #[test]
+    fn every_decision_is_recorded_with_the_readings_of_its_time() {
+        let (record, live) = recorded_beside_readings(&policy(RULES), a_rewound_request());
+        let recorded = record.steps.into_iter().filter_map(|step| match step {
+            DecisionStep::Decided { readings, .. } => Some(readings),
+            _ => None,
+        });
+        assert_eq!(recorded.collect::<Vec<_>>(), live);
+        let sizes: Vec<usize> = live.iter().map(Vec::len).collect();
+        assert!(sizes.iter().any(|size| *size != sizes[0]), "{sizes:?}");
     }
 
     #[test]

@@ -57,6 +57,29 @@ pub struct Reading {
     pub fired: bool,
 }
 
+/// A reading before its probability is worked out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Gathered {
+    detector: usize,
+    position: u32,
+    logit: f32,
+}
+
+impl Gathered {
+    /// None where the policy has no such detector.
+    pub(super) fn reading(self, policy: &Policy) -> Option<Reading> {
+        let detector = policy.detectors.get(self.detector)?;
+        Some(Reading {
+            detector: self.detector,
+            position: self.position,
+            logit: self.logit,
+            probability: detector.calibration.probability(self.logit),
+            threshold: detector.threshold_logit,
+            fired: detector.is_above(self.logit),
+        })
+    }
+}
+
 /// The state of one sequence. Belongs to the policy it was made for.
 ///
 /// Per pass: `observe_*` for each of its rows in order, then `decide` once.
@@ -68,9 +91,10 @@ pub struct PolicyState {
     action: Action,
 }
 
-/// Small, since every step brings those of every probe from memory: what is rare lies apart.
+/// What one detector has seen. Small, since every step brings those of every probe from memory:
+/// what is rare lies apart.
 #[derive(Clone, Debug)]
-struct DetectorState {
+pub struct DetectorState {
     gather: GatherState,
     /// Of the last token that was gathered.
     position: Option<u32>,
@@ -116,6 +140,11 @@ impl PolicyState {
             fired: vec![false; policy.rules.len()],
             action: Action::Allow,
         }
+    }
+
+    /// What a step reads, for whoever wants it near before the step comes.
+    pub fn detectors(&self) -> &[DetectorState] {
+        &self.detectors
     }
 
     /// Takes a prompt token. `outputs[i]` is what the snapshot's probe `i` gave for it; none where
@@ -256,9 +285,22 @@ impl PolicyState {
 
     /// One per detector that has a value, in the policy's order.
     pub fn readings(&self, policy: &Policy) -> Vec<Reading> {
-        (0..policy.detectors.len())
-            .filter_map(|detector| self.reading(policy, detector))
+        self.gathered()
+            .filter_map(|gathered| gathered.reading(policy))
             .collect()
+    }
+
+    /// What they are made from.
+    pub(super) fn gathered(&self) -> impl Iterator<Item = Gathered> {
+        let detectors = self.detectors.iter().enumerate();
+        detectors.filter_map(|(detector, state)| {
+            let (position, logit) = state.value()?;
+            Some(Gathered {
+                detector,
+                position,
+                logit,
+            })
+        })
     }
 
     /// The most severe action of all rules that have fired.
@@ -266,18 +308,14 @@ impl PolicyState {
         self.action
     }
 
-    fn reading(&self, policy: &Policy, index: usize) -> Option<Reading> {
-        let detector = policy.detectors.get(index)?;
-        let state = self.detectors.get(index)?;
-        let (position, logit) = state.value()?;
-        Some(Reading {
-            detector: index,
+    fn reading(&self, policy: &Policy, detector: usize) -> Option<Reading> {
+        let (position, logit) = self.detectors.get(detector)?.value()?;
+        let gathered = Gathered {
+            detector,
             position,
             logit,
-            probability: detector.calibration.probability(logit),
-            threshold: detector.threshold_logit,
-            fired: detector.is_above(logit),
-        })
+        };
+        gathered.reading(policy)
     }
 
     fn conjunct<'a>(&self, policy: &'a Policy, index: usize) -> Conjunct<'a> {
@@ -375,6 +413,9 @@ impl PolicyState {
                     },
                 ));
             }
+        }
+        if fired.is_empty() {
+            return Vec::new();
         }
         for (action, Fired { rule, .. }) in &fired {
             self.action = self.action.max(*action);

@@ -40,10 +40,14 @@ pub fn identity() -> &'static str {
     "fma-chain/portable"
 }
 
-/// Asks for `numbers` ahead of their use, where the machine can be asked.
-pub fn prefetch(numbers: &[f32]) {
-    for line in numbers.chunks(16) {
-        fetch_line(line.as_ptr());
+/// Bytes that come from memory together.
+const LINE: usize = 64;
+
+/// Asks for `items` ahead of their use, where the machine can be asked; not for what they own.
+pub fn prefetch<T>(items: &[T]) {
+    let start = items.as_ptr().cast::<u8>();
+    for at in (0..size_of_val(items)).step_by(LINE) {
+        fetch_line(start.wrapping_add(at));
     }
 }
 
