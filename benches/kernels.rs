@@ -76,7 +76,7 @@ fn attention(c: &mut Criterion) {
         window: None,
     };
     let mut group = c.benchmark_group("attention");
-    for kv_type in [KvType::F32, KvType::Bf16] {
+    for kv_type in [KvType::F32, KvType::Bf16, KvType::Bf16I8] {
         // Streams that decode, then the last rows of one long prompt.
         for (streams, rows, positions) in [(1, 1, 512), (16, 1, 128), (16, 1, 512), (1, 64, 4000)] {
             let per_stream = positions / KV_BLOCK;

@@ -117,7 +117,7 @@ pub struct Flags {
     #[arg(long, value_name = "FORMAT")]
     pub weights: Option<String>,
 
-    /// How to hold keys and values: `auto`, `f32` or `bf16` (half the memory) [default: auto]
+    /// How to hold keys and values: `auto`, `f32`, `bf16` (half the memory) or `bf16-i8` (values in 8 bits) [default: auto]
     #[arg(long, value_name = "TYPE")]
     pub kv: Option<String>,
 
@@ -248,7 +248,7 @@ choice!(
 );
 choice!(
     /// How to hold keys and values.
-    KvType { Auto = "auto", F32 = "f32", Bf16 = "bf16" }
+    KvType { Auto = "auto", F32 = "f32", Bf16 = "bf16", Bf16I8 = "bf16-i8" }
 );
 choice!(
     /// How log lines look.

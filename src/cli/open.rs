@@ -40,7 +40,7 @@ pub(super) struct ModelArgs {
     /// How to hold the weights: `auto`, `f32`, `bf16`, `q8_0`, `q4_1` or `as-is` [default: auto]
     #[arg(long, value_name = "FORMAT")]
     weights: Option<String>,
-    /// How to hold keys and values: `auto`, `f32` or `bf16` [default: auto]
+    /// How to hold keys and values: `auto`, `f32`, `bf16` or `bf16-i8` [default: auto]
     #[arg(long, value_name = "TYPE")]
     kv: Option<String>,
     /// Where to compute: `cpu` or `cuda:N` [default: cpu]
@@ -199,7 +199,7 @@ pub(super) fn load_model(config: &Config) -> Result<(Model, EngineOptions)> {
     let source = Source::open(&super::pull::fetch(&config.model)?)?;
     let wanted = weights_on(config.device, config.weights)?;
     let weights = weight_format(wanted, source.matrices());
-    let kv_type = kv_type(config.kv);
+    let kv_type = kv_on(config.device, config.kv)?;
     let needs = Needs::of(
         &source.config,
         config,
@@ -231,6 +231,18 @@ pub(super) fn kv_type(wanted: config::KvType) -> KvType {
         config::KvType::F32 => KvType::F32,
         // Within the bounds of docs/performance.md, for half the memory.
         config::KvType::Auto | config::KvType::Bf16 => KvType::Bf16,
+        config::KvType::Bf16I8 => KvType::Bf16I8,
+    }
+}
+
+/// What is wished for there: devices other than the CPU hold keys and values as one type.
+fn kv_on(device: Device, wanted: config::KvType) -> Result<KvType> {
+    match (device, kv_type(wanted)) {
+        (Device::Cpu, kv_type) => Ok(kv_type),
+        (device, KvType::Bf16I8) => Err(Error::Config(format!(
+            "kv: {wanted} is for the CPU, not for {device}; set auto, bf16 or f32"
+        ))),
+        (_, kv_type) => Ok(kv_type),
     }
 }
 
@@ -317,7 +329,7 @@ impl Needs {
         let remedy = match asked {
             Some(_) if self.weights < available => "lower --kv-memory",
             _ if self.weights >= available => "try --weights bf16, or a smaller --model",
-            _ => "lower --context-limit, or try --kv bf16 or --weights bf16",
+            _ => "lower --context-limit, or try --kv bf16-i8 or --weights bf16",
         };
         Err(Error::Config(format!(
             "the weights take {} and keys and values {}, but only {} of memory is free; {remedy}",
@@ -508,6 +520,23 @@ mod tests {
         let error = error.to_string();
         assert!(
             error.contains("weights: q8_0") && error.contains("cuda:1"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn keys_and_values_of_two_types_are_for_the_cpu() {
+        let mixed = config::KvType::Bf16I8;
+        assert_eq!(kv_on(Device::Cpu, mixed), Ok(KvType::Bf16I8));
+        assert_eq!(
+            kv_on(Device::Cuda(0), config::KvType::Auto),
+            Ok(KvType::Bf16)
+        );
+        let error = kv_on(Device::Cuda(0), mixed)
+            .expect_err("refused")
+            .to_string();
+        assert!(
+            error.contains("kv: bf16-i8") && error.contains("cuda:0"),
             "{error}"
         );
     }

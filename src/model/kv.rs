@@ -37,7 +37,8 @@ impl KvCache {
                     return Ok(KvStore::Packed(KvLayer::new(kv_type, &shape, blocks)));
                 }
                 let size = (blocks * KV_BLOCK, shape.kv_heads * shape.head_dim);
-                let zeros = || Tensor::zeros(size, dtype(kv_type), &placement.device);
+                let dtype = dtype(kv_type)?;
+                let zeros = || Tensor::zeros(size, dtype, &placement.device);
                 Ok(KvStore::Dense {
                     keys: zeros()?,
                     values: zeros()?,
@@ -53,7 +54,7 @@ impl KvCache {
 
     /// Bytes that one block takes over all layers.
     pub fn block_bytes(config: &ModelConfig, kv_type: KvType) -> u64 {
-        let per_layer = config.n_kv_heads * config.head_dim * KV_BLOCK * 2 * kv_type.bytes();
+        let per_layer = config.n_kv_heads * KV_BLOCK * kv_type.bytes(config.head_dim);
         per_layer as u64 * config.n_layers as u64
     }
 
@@ -78,10 +79,13 @@ pub(super) fn attention_shape(config: &ModelConfig, layer: usize) -> AttentionSh
     }
 }
 
-fn dtype(kv_type: KvType) -> DType {
+fn dtype(kv_type: KvType) -> Result<DType> {
     match kv_type {
-        KvType::F32 => DType::F32,
-        KvType::Bf16 => DType::BF16,
+        KvType::F32 => Ok(DType::F32),
+        KvType::Bf16 => Ok(DType::BF16),
+        KvType::Bf16I8 => Err(Error::Config(format!(
+            "kv: {kv_type} needs the CPU's kernels; set auto, bf16 or f32"
+        ))),
     }
 }
 

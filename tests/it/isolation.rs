@@ -167,6 +167,8 @@ fn so_do_they_with_half_precision_weights_and_cache() {
     for setup in [LLAMA, GEMMA] {
         let weights = WeightFormat::Bf16;
         check_in_company(Setup { weights, ..setup }, &[7]);
+        let kv = KvType::Bf16I8;
+        check_in_company(Setup { kv, ..setup }, &[7]);
         let kv = KvType::Bf16;
         check_in_company(Setup { kv, ..setup }, &[7]);
         check_in_company(
@@ -186,6 +188,7 @@ fn so_do_they_with_weights_of_few_bits() {
         (WeightFormat::AsIs, KvType::F32),
         // What is chosen for the default model.
         (WeightFormat::AsIs, KvType::Bf16),
+        (WeightFormat::AsIs, KvType::Bf16I8),
         (WeightFormat::Q8_0, KvType::F32),
         (WeightFormat::Q4_1, KvType::Bf16),
     ] {
