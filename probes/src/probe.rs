@@ -12,7 +12,6 @@ use crate::site::Site;
 pub struct Probe {
     manifest: Manifest,
     heads: Vec<Head>,
-    prober: Option<TwoLayer>,
     finisher: Finisher,
     content_hash: String,
 }
@@ -128,8 +127,8 @@ impl Probe {
                 ));
             }
         }
-        let combined = match &prober {
-            Some(prober) => Combined::TwoLayer(Box::new(prober.clone())),
+        let combined = match prober {
+            Some(prober) => Combined::TwoLayer(Box::new(prober)),
             None if manifest.kind == Kind::Attention => Combined::Attention,
             None => Combined::Sum,
         };
@@ -141,7 +140,6 @@ impl Probe {
             },
             manifest,
             heads,
-            prober,
             content_hash: String::new(),
         };
         probe.check_not_constant()?;
@@ -161,7 +159,10 @@ impl Probe {
     }
 
     pub fn prober(&self) -> Option<&TwoLayer> {
-        self.prober.as_ref()
+        match &self.finisher.combined {
+            Combined::TwoLayer(prober) => Some(prober),
+            Combined::Sum | Combined::Attention => None,
+        }
     }
 
     /// SHA-256 of the probe's file, in hexadecimal.
@@ -170,7 +171,11 @@ impl Probe {
     }
 
     pub fn into_parts(self) -> (Manifest, Vec<Head>, Option<TwoLayer>) {
-        (self.manifest, self.heads, self.prober)
+        let prober = match self.finisher.combined {
+            Combined::TwoLayer(prober) => Some(*prober),
+            Combined::Sum | Combined::Attention => None,
+        };
+        (self.manifest, self.heads, prober)
     }
 
     /// Refuses a model of another width, or one that lacks a site.
@@ -225,7 +230,7 @@ impl Probe {
                 .iter()
                 .any(|head| head.row(j).iter().any(|w| *w != 0.0))
         };
-        let constant = match &self.prober {
+        let constant = match self.prober() {
             None => (0..out).any(|j| !reads(j)),
             Some(prober) => !(0..out).any(|j| reads(j) && prober.slope(j) != 0.0),
         };

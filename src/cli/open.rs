@@ -238,8 +238,7 @@ pub(super) fn kv_type(wanted: config::KvType) -> KvType {
 /// What is wished for there: devices other than the CPU hold keys and values as one type.
 fn kv_on(device: Device, wanted: config::KvType) -> Result<KvType> {
     match (device, kv_type(wanted)) {
-        (Device::Cpu, kv_type) => Ok(kv_type),
-        (device, KvType::Bf16I8) => Err(Error::Config(format!(
+        (device @ Device::Cuda(_), KvType::Bf16I8) => Err(Error::Config(format!(
             "kv: {wanted} is for the CPU, not for {device}; set auto, bf16 or f32"
         ))),
         (_, kv_type) => Ok(kv_type),

@@ -292,14 +292,15 @@ impl PolicyState {
 
     /// What they are made from.
     pub(super) fn gathered(&self) -> impl Iterator<Item = Gathered> {
-        let detectors = self.detectors.iter().enumerate();
-        detectors.filter_map(|(detector, state)| {
-            let (position, logit) = state.value()?;
-            Some(Gathered {
-                detector,
-                position,
-                logit,
-            })
+        (0..self.detectors.len()).filter_map(|detector| self.gathered_by(detector))
+    }
+
+    fn gathered_by(&self, detector: usize) -> Option<Gathered> {
+        let (position, logit) = self.detectors.get(detector)?.value()?;
+        Some(Gathered {
+            detector,
+            position,
+            logit,
         })
     }
 
@@ -309,13 +310,7 @@ impl PolicyState {
     }
 
     fn reading(&self, policy: &Policy, detector: usize) -> Option<Reading> {
-        let (position, logit) = self.detectors.get(detector)?.value()?;
-        let gathered = Gathered {
-            detector,
-            position,
-            logit,
-        };
-        gathered.reading(policy)
+        self.gathered_by(detector)?.reading(policy)
     }
 
     fn conjunct<'a>(&self, policy: &'a Policy, index: usize) -> Conjunct<'a> {

@@ -819,23 +819,27 @@ mod tests {
             .collect()
     }
 
+    /// What every head reads of one position that holds `value` with values in 8 bits.
+    fn read_in_8_bits(shape: &AttentionShape, value: &[f32]) -> Vec<f32> {
+        let mut layer = KvLayer::new(KvType::Bf16I8, shape, 1);
+        layer.write(shape, 0, 0, &vec![0.5; value.len()], value);
+        let q = vec![0.5; shape.heads * shape.head_dim];
+        let span = SpanRows {
+            first_row: 0,
+            rows: 1,
+            start: 0,
+            blocks: &[0],
+        };
+        attend(&q, q.len(), shape, &layer, &[span])
+    }
+
     #[test]
     fn a_value_that_is_not_finite_is_not_lost_in_8_bits() {
         let shape = shape(None);
-        let width = shape.kv_width();
-        let q = vec![0.5; shape.heads * shape.head_dim];
         for strange in [f32::NAN, f32::INFINITY] {
-            let mut layer = KvLayer::new(KvType::Bf16I8, &shape, 1);
-            let mut value = vec![0.25; width];
+            let mut value = vec![0.25; shape.kv_width()];
             value[3] = strange;
-            layer.write(&shape, 0, 0, &vec![0.5; width], &value);
-            let span = SpanRows {
-                first_row: 0,
-                rows: 1,
-                start: 0,
-                blocks: &[0],
-            };
-            let out = attend(&q, q.len(), &shape, &layer, &[span]);
+            let out = read_in_8_bits(&shape, &value);
             assert!(!out[3].is_finite());
             // The other kv head is as it was.
             assert!((out[3 * shape.head_dim] - 0.25).abs() < 1e-6);
@@ -845,23 +849,8 @@ mod tests {
     #[test]
     fn values_too_small_for_a_step_are_zeros() {
         let shape = shape(None);
-        let q = vec![0.5; shape.heads * shape.head_dim];
         for small in [0.0, 1e-40] {
-            let mut layer = KvLayer::new(KvType::Bf16I8, &shape, 1);
-            layer.write(
-                &shape,
-                0,
-                0,
-                &vec![0.5; shape.kv_width()],
-                &vec![small; shape.kv_width()],
-            );
-            let span = SpanRows {
-                first_row: 0,
-                rows: 1,
-                start: 0,
-                blocks: &[0],
-            };
-            let out = attend(&q, q.len(), &shape, &layer, &[span]);
+            let out = read_in_8_bits(&shape, &vec![small; shape.kv_width()]);
             assert!(out.iter().all(|out| *out == 0.0), "{small}");
         }
     }
