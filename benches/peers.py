@@ -197,6 +197,8 @@ def answer_of(options, command):
     """The JSON that a process prints last."""
     # Any pool that an engine makes must see the same limit.
     limits = {key: str(options.threads) for key in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
+    # The last line of what it says is to be the reason.
+    limits["RUST_BACKTRACE"] = "0"
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **limits})
     if ended.returncode != 0:
         last = (ended.stderr.strip().splitlines() or ["said nothing"])[-1]

@@ -312,7 +312,7 @@ fn attend_store<K: Stored, V: Stored>(
         }
     }
     let out = SharedOut(out.as_mut_ptr());
-    let run = |task: &Task<'_>, scratch: &mut Vec<f32>| {
+    let run = |(task, next): (&Task<'_>, Option<&Task<'_>>), scratch: &mut Vec<f32>| {
         let queries: Vec<(usize, usize)> = (0..task.rows * group)
             .map(|i| (task.first + i / group, task.kv_head * group + i % group))
             .collect();
@@ -332,14 +332,17 @@ fn attend_store<K: Stored, V: Stored>(
                 _ if queries.len() <= SOME => attend_queries::<K, V, SOME>,
                 _ => attend_queries::<K, V, MANY>,
             };
-            attend(q, shape, store, task, queries, scratch, &emit);
+            attend(q, shape, store, (task, next), queries, scratch, &emit);
         }
     };
-    let run = |task: &Task<'_>| SCRATCH.with_borrow_mut(|scratch| run(task, scratch));
+    let run = |task: usize| {
+        let task = (&tasks[task], tasks.get(task + 1));
+        SCRATCH.with_borrow_mut(|scratch| run(task, scratch));
+    };
     if work < PARALLEL_WORK {
-        tasks.iter().for_each(run);
+        (0..tasks.len()).for_each(run);
     } else {
-        parallel(tasks.len(), |task| run(&tasks[task]));
+        parallel(tasks.len(), run);
     }
 }
 
@@ -347,7 +350,7 @@ fn attend_queries<K: Stored, V: Stored, const N: usize>(
     q: &Queries<'_>,
     shape: &AttentionShape,
     store: &Store<K, V>,
-    task: &Task<'_>,
+    (task, next): (&Task<'_>, Option<&Task<'_>>),
     queries: &[(usize, usize)],
     scratch: &mut Vec<f32>,
     emit: &dyn Fn(usize, usize, &[f32]),
@@ -370,23 +373,21 @@ fn attend_queries<K: Stored, V: Stored, const N: usize>(
         let (row, head) = queries[if i < queries.len() { i } else { 0 }];
         &q.numbers[(span.first_row + row) * q.width + head * dim..][..dim]
     });
-    let view = BlockView {
-        block_len: shape.block_len(),
-        head_offset: task.kv_head * dim * KV_BLOCK,
-        dim,
-        kv_head: task.kv_head,
-        kv_heads: shape.kv_heads,
-        blocks: span.blocks,
+    let view = BlockView::of_task(task, shape);
+    let coming = Coming {
+        store,
+        view: &view,
+        blocks: first_block..width / KV_BLOCK,
+        next: next.map(|task| {
+            let first = first_seen(task.span.start + task.first, shape.window) / KV_BLOCK;
+            let end = task.span.start + task.first + task.rows;
+            (
+                BlockView::of_task(task, shape),
+                first..end.div_ceil(KV_BLOCK),
+            )
+        }),
     };
-    score_blocks(
-        &store.keys,
-        &view,
-        &tile,
-        shape.scale,
-        first_block,
-        width,
-        scores,
-    );
+    score_blocks(&coming, &tile, shape.scale, width, scores);
     let mut totals = [0f32; N];
     // What each query sees, and what all of them see.
     let seen = |row: usize| first_seen(span.start + row, shape.window)..span.start + row + 1;
@@ -414,19 +415,14 @@ fn attend_queries<K: Stored, V: Stored, const N: usize>(
     });
     for (i, (row, _)) in queries.iter().enumerate() {
         let before = seen(*row).start..common.start.min(seen(*row).end);
-        weigh_values(
-            &store.values,
-            &view,
-            &[weights[i]],
-            before,
-            &mut sums[i * dim..(i + 1) * dim],
-        );
+        let sums = &mut sums[i * dim..(i + 1) * dim];
+        weigh_values(&coming, &[weights[i]], before, sums);
     }
-    weigh_values(&store.values, &view, &weights, common.clone(), sums);
+    weigh_values(&coming, &weights, common.clone(), sums);
     for (i, (row, head)) in queries.iter().enumerate() {
         let sums = &mut sums[i * dim..(i + 1) * dim];
         let after = common.end.max(seen(*row).start)..seen(*row).end;
-        weigh_values(&store.values, &view, &[weights[i]], after, sums);
+        weigh_values(&coming, &[weights[i]], after, sums);
         for sum in sums.iter_mut() {
             *sum /= totals[i];
         }
@@ -449,38 +445,94 @@ struct BlockView<'a> {
     blocks: &'a [u32],
 }
 
-impl BlockView<'_> {
+impl<'a> BlockView<'a> {
+    fn of_task(task: &Task<'a>, shape: &AttentionShape) -> Self {
+        Self {
+            block_len: shape.block_len(),
+            head_offset: task.kv_head * shape.head_dim * KV_BLOCK,
+            dim: shape.head_dim,
+            kv_head: task.kv_head,
+            kv_heads: shape.kv_heads,
+            blocks: task.span.blocks,
+        }
+    }
+
     /// Of the values of a block, by slot.
     #[inline(always)]
-    fn scales<'a>(&self, scales: &'a [f32], block: usize) -> &'a [f32] {
+    fn scales<'s>(&self, scales: &'s [f32], block: usize) -> &'s [f32] {
         let start = (self.blocks[block] as usize * self.kv_heads + self.kv_head) * KV_BLOCK;
         &scales[start..start + KV_BLOCK]
     }
 
     #[inline(always)]
-    fn of<'a, T>(&self, data: &'a [T], block: usize) -> &'a [T] {
+    fn of<'s, T>(&self, data: &'s [T], block: usize) -> &'s [T] {
         let start = self.blocks[block] as usize * self.block_len + self.head_offset;
         &data[start..start + self.dim * KV_BLOCK]
     }
 }
 
-/// The scores of `N` queries against the blocks from `first_block` on: `scores` is `[N, width]`.
-fn score_blocks<T: Stored, const N: usize>(
-    keys: &[T],
-    view: &BlockView<'_>,
+/// What one task reads, in order: the keys of its blocks, their values, and then the keys of the
+/// task after it. Blocks lie anywhere, so that the processor sees none of them coming.
+struct Coming<'a, K, V> {
+    store: &'a Store<K, V>,
+    view: &'a BlockView<'a>,
+    blocks: Range<usize>,
+    next: Option<(BlockView<'a>, Range<usize>)>,
+}
+
+/// How many blocks ahead of its use one is fetched into this core's second cache.
+const BLOCKS_AHEAD: usize = 8;
+
+impl<K: Stored, V: Stored> Coming<'_, K, V> {
+    /// What is to be fetched while the keys of `block` are read.
+    fn ahead_of_keys(&self, block: usize) -> *const u8 {
+        self.at(block - self.blocks.start + BLOCKS_AHEAD)
+    }
+
+    /// The same for its values.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn ahead_of_values(&self, block: usize) -> *const u8 {
+        self.at(self.blocks.len() + block - self.blocks.start + BLOCKS_AHEAD)
+    }
+
+    #[inline(always)]
+    fn at(&self, index: usize) -> *const u8 {
+        let (blocks, view) = (&self.blocks, self.view);
+        if let Some(block) = blocks.clone().nth(index) {
+            return view.of(&self.store.keys, block).as_ptr().cast();
+        }
+        let index = index - blocks.len();
+        if let Some(block) = blocks.clone().nth(index) {
+            return view.of(&self.store.values, block).as_ptr().cast();
+        }
+        let index = index - blocks.len();
+        let next = self.next.as_ref();
+        let next = next.and_then(|(view, blocks)| Some((view, blocks.clone().nth(index)?)));
+        match next {
+            Some((view, block)) => view.of(&self.store.keys, block).as_ptr().cast(),
+            // Nothing comes; these are near.
+            None => self.store.keys.as_ptr().cast(),
+        }
+    }
+}
+
+/// The scores of `N` queries against all blocks: `scores` is `[N, width]`.
+fn score_blocks<K: Stored, V: Stored, const N: usize>(
+    coming: &Coming<'_, K, V>,
     tile: &[&[f32]; N],
     scale: f32,
-    first_block: usize,
     width: usize,
     scores: &mut [f32],
 ) {
     // Two blocks at a time: more chains than one multiply-add takes cycles.
     let end = width / KV_BLOCK;
-    for block in (first_block..end).step_by(2) {
+    for block in coming.blocks.clone().step_by(2) {
         let pair = [block, (block + 1).min(end - 1)];
         let next = pair.map(|block| (block + 2).min(end - 1));
-        let keys = [pair, next].map(|pair| pair.map(|block| view.of(keys, block)));
-        let sums = score_pair(keys, tile);
+        let keys = |block| coming.view.of(&coming.store.keys, block);
+        let far = pair.map(|block| coming.ahead_of_keys(block));
+        let sums = score_pair([pair, next].map(|pair| pair.map(keys)), far, tile);
         for (block, sums) in pair.into_iter().zip(sums) {
             for (i, sums) in sums.iter().enumerate() {
                 let scores = &mut scores[i * width + block * KV_BLOCK..][..KV_BLOCK];
@@ -492,18 +544,21 @@ fn score_blocks<T: Stored, const N: usize>(
     }
 }
 
-/// `q.k` of `N` queries and the keys of two blocks, while the next two are fetched from memory.
+/// `q.k` of `N` queries and the keys of two blocks, while the next two are fetched from near and
+/// two others from afar.
 #[inline]
 fn score_pair<T: Stored, const N: usize>(
     keys: [[&[T]; 2]; 2],
+    far: [*const u8; 2],
     tile: &[&[f32]; N],
 ) -> [[[f32; KV_BLOCK]; N]; 2] {
     #[cfg(target_arch = "x86_64")]
     if has_avx512() {
         // SAFETY: the features were just detected.
         #[allow(unsafe_code)]
-        return unsafe { avx512::score_pair(keys, tile) };
+        return unsafe { avx512::score_pair(keys, far, tile) };
     }
+    let _ = far;
     score_pair_plain(keys[0], tile)
 }
 
@@ -562,20 +617,19 @@ const WIDTH: usize = 32;
 
 /// Adds the values of `positions`, each times its weight, to `out`, position by position, for `N`
 /// queries at once: `out` is `[N, head_dim]`, `weights` are by position.
-fn weigh_values<T: Stored, const N: usize>(
-    stored: &[T],
-    view: &BlockView<'_>,
+fn weigh_values<K: Stored, V: Stored, const N: usize>(
+    coming: &Coming<'_, K, V>,
     weights: &[&[f32]; N],
     positions: Range<usize>,
     out: &mut [f32],
 ) {
     #[cfg(target_arch = "x86_64")]
-    if has_avx512() && view.dim.is_multiple_of(WIDTH) {
+    if has_avx512() && coming.view.dim.is_multiple_of(WIDTH) {
         // SAFETY: the features were just detected.
         #[allow(unsafe_code)]
-        return unsafe { avx512::weigh_values(stored, view, weights, positions, out) };
+        return unsafe { avx512::weigh_values(coming, weights, positions, out) };
     }
-    weigh_values_plain(stored, view, weights, positions, out);
+    weigh_values_plain(&coming.store.values, coming.view, weights, positions, out);
 }
 
 /// The definition; the variant for AVX-512 gives the same bits.
@@ -615,8 +669,8 @@ mod avx512 {
     use std::arch::x86_64::*;
     use std::ops::Range;
 
-    use super::super::fetch_line;
-    use super::{BlockView, Held, KV_BLOCK, Stored, WIDTH};
+    use super::super::{LINE, fetch_far_line, fetch_line};
+    use super::{Coming, Held, KV_BLOCK, Stored, WIDTH};
 
     /// Sixteen stored numbers as f32.
     #[inline]
@@ -641,6 +695,7 @@ mod avx512 {
     #[target_feature(enable = "avx512f,fma")]
     pub(super) unsafe fn score_pair<T: Stored, const N: usize>(
         [keys, next]: [[&[T]; 2]; 2],
+        far: [*const u8; 2],
         tile: &[&[f32]; N],
     ) -> [[[f32; KV_BLOCK]; N]; 2] {
         let dim = tile[0].len();
@@ -653,8 +708,11 @@ mod avx512 {
             // SAFETY: `d` is inside each query, and sixteen keys per `d` are inside each block.
             unsafe {
                 // A block's numbers are too few for the processor to see the next one's coming.
-                for next in next {
-                    fetch_line(next.wrapping_add(d * KV_BLOCK));
+                if (d * KV_BLOCK * size_of::<T>()).is_multiple_of(LINE) {
+                    for (next, far) in next.into_iter().zip(far) {
+                        fetch_line(next.wrapping_add(d * KV_BLOCK));
+                        fetch_far_line(far.wrapping_add(d * KV_BLOCK * size_of::<T>()));
+                    }
                 }
                 let keys = keys.map(|keys| load(keys.add(d * KV_BLOCK)));
                 for i in 0..N {
@@ -673,13 +731,13 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f,fma")]
-    pub(super) unsafe fn weigh_values<T: Stored, const N: usize>(
-        stored: &[T],
-        view: &BlockView<'_>,
+    pub(super) unsafe fn weigh_values<K: Stored, V: Stored, const N: usize>(
+        coming: &Coming<'_, K, V>,
         weights: &[&[f32]; N],
         positions: Range<usize>,
         out: &mut [f32],
     ) {
+        let (stored, view) = (coming.store.values.as_slice(), coming.view);
         let dim = view.dim;
         assert!(dim.is_multiple_of(WIDTH) && out.len() >= N * dim);
         assert!(weights.iter().all(|weights| weights.len() >= positions.end));
@@ -700,7 +758,14 @@ mod avx512 {
                 let values = view.of(stored, position / KV_BLOCK);
                 let end = positions.end.min((position / KV_BLOCK + 1) * KV_BLOCK);
                 let next = view.of(stored, end.min(last) / KV_BLOCK);
+                let far = coming.ahead_of_values(position / KV_BLOCK);
                 for position in position..end {
+                    if first == 0 {
+                        let row = position % KV_BLOCK * dim * size_of::<V>();
+                        for at in (row..row + dim * size_of::<V>()).step_by(LINE) {
+                            fetch_far_line(far.wrapping_add(at));
+                        }
+                    }
                     fetch_line(
                         next.as_ptr()
                             .wrapping_add(position % KV_BLOCK * dim + first),
@@ -855,6 +920,92 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_is_fetched_ahead_is_what_is_read_later() {
+        let shape = shape(None);
+        let positions = 10 * KV_BLOCK;
+        let (layer, blocks, ..) = filled(&shape, positions, KvType::Bf16);
+        let KvLayer::Bf16(store) = &layer else {
+            unreachable!("asked for above")
+        };
+        let span = SpanRows {
+            first_row: 0,
+            rows: 1,
+            start: positions - 1,
+            blocks: &blocks,
+        };
+        let [view, next] = [0, 1].map(|kv_head| {
+            let task = Task {
+                span: &span,
+                first: 0,
+                rows: 1,
+                kv_head,
+            };
+            BlockView::of_task(&task, &shape)
+        });
+        let keys = |view: &BlockView<'_>, block| view.of(&store.keys, block).as_ptr().cast();
+        let values = |block| view.of(&store.values, block).as_ptr().cast();
+        let expected = [keys(&view, 8), values(0), values(8), keys(&next, 7)];
+        let coming = Coming {
+            store,
+            view: &view,
+            blocks: 0..10,
+            next: Some((BlockView { ..next }, 0..10)),
+        };
+        let index = [0, 2, 10, 19].map(|index| coming.at(index + BLOCKS_AHEAD));
+        assert_eq!(index, expected);
+        assert_eq!(coming.ahead_of_keys(2), values(0));
+        // After the last task nothing comes.
+        let last = Coming {
+            next: None,
+            ..coming
+        };
+        assert_eq!(last.at(27), store.keys.as_ptr().cast());
+    }
+
+    /// The second kv head's keys and values, by the machine's kernels and by their definition.
+    fn compare_with_plain<K: Stored, V: Stored>(
+        store: &Store<K, V>,
+        shape: &AttentionShape,
+        blocks: &[u32],
+        positions: usize,
+    ) {
+        let dim = shape.head_dim;
+        let span = SpanRows {
+            first_row: 0,
+            rows: 1,
+            start: positions - 1,
+            blocks,
+        };
+        let task = Task {
+            span: &span,
+            first: 0,
+            rows: 1,
+            kv_head: 1,
+        };
+        let view = BlockView::of_task(&task, shape);
+        let coming = Coming {
+            store,
+            view: &view,
+            blocks: 0..blocks.len(),
+            next: Some((BlockView::of_task(&task, shape), 0..blocks.len())),
+        };
+        let queries: [Vec<f32>; MANY] = std::array::from_fn(|i| seeded(dim, 5 + i as u32));
+        let tile = queries.each_ref().map(Vec::as_slice);
+        let last = blocks.len() - 1;
+        let keys = [0, last].map(|block| view.of(&store.keys, block));
+        let far = [0, last].map(|block| coming.ahead_of_keys(block));
+        let scores = score_pair([keys, keys], far, &tile);
+        assert_eq!(scores, score_pair_plain(keys, &tile));
+        let weights: [Vec<f32>; MANY] = std::array::from_fn(|i| seeded(positions, 50 + i as u32));
+        let weights = weights.each_ref().map(Vec::as_slice);
+        let positions = positions / 3..positions;
+        let mut sums = [(); 2].map(|()| seeded(MANY * dim, 9));
+        weigh_values(&coming, &weights, positions.clone(), &mut sums[0]);
+        weigh_values_plain(&store.values, &view, &weights, positions, &mut sums[1]);
+        assert_eq!(sums[0], sums[1]);
+    }
+
     proptest! {
         #[test]
         fn attention_is_the_softmax_of_its_scores_over_what_a_row_sees(
@@ -894,32 +1045,14 @@ mod tests {
             positions in 1usize..70, dim in prop_oneof![Just(32), Just(64), Just(40)]
         ) {
             let shape = AttentionShape { head_dim: dim, ..shape(None) };
-            let (layer, blocks, ..) = filled(&shape, positions, KvType::Bf16I8);
-            let KvLayer::Bf16I8(store) = &layer else { unreachable!("asked for above") };
-            let view = BlockView {
-                block_len: shape.block_len(),
-                head_offset: dim * KV_BLOCK,
-                dim,
-                kv_head: 1,
-                kv_heads: shape.kv_heads,
-                blocks: &blocks,
-            };
-            let queries: [Vec<f32>; MANY] = std::array::from_fn(|i| seeded(dim, 5 + i as u32));
-            let tile = queries.each_ref().map(Vec::as_slice);
-            let keys = [view.of(&store.keys, 0), view.of(&store.keys, blocks.len() - 1)];
-            prop_assert_eq!(score_pair([keys, keys], &tile), score_pair_plain(keys, &tile));
-            let weights: [Vec<f32>; MANY] =
-                std::array::from_fn(|i| seeded(positions, 50 + i as u32));
-            let weights = weights.each_ref().map(Vec::as_slice);
-            let positions = positions / 3..positions;
-            let mut sums = [(); 4].map(|()| seeded(MANY * dim, 9));
-            weigh_values(&store.values, &view, &weights, positions.clone(), &mut sums[0]);
-            weigh_values_plain(&store.values, &view, &weights, positions.clone(), &mut sums[1]);
-            // Keys lie otherwise, but are numbers all the same.
-            weigh_values(&store.keys, &view, &weights, positions.clone(), &mut sums[2]);
-            weigh_values_plain(&store.keys, &view, &weights, positions, &mut sums[3]);
-            prop_assert_eq!(&sums[2], &sums[3]);
-            prop_assert_eq!(&sums[0], &sums[1]);
+            for kv_type in [KvType::F32, KvType::Bf16, KvType::Bf16I8] {
+                let (layer, blocks, ..) = filled(&shape, positions, kv_type);
+                match &layer {
+                    KvLayer::F32(store) => compare_with_plain(store, &shape, &blocks, positions),
+                    KvLayer::Bf16(store) => compare_with_plain(store, &shape, &blocks, positions),
+                    KvLayer::Bf16I8(store) => compare_with_plain(store, &shape, &blocks, positions),
+                }
+            }
         }
 
         #[test]

@@ -64,14 +64,25 @@ pub fn highest(x: &[f32]) -> f32 {
             nan[i] |= u32::from(value.is_nan());
         }
     }
-    let mut highest = f32::NEG_INFINITY;
-    for value in maxima.iter().chain(rest) {
-        highest = if *value > highest { *value } else { highest };
+    for (i, value) in rest.iter().enumerate() {
+        maxima[i] = if *value > maxima[i] {
+            *value
+        } else {
+            maxima[i]
+        };
+        nan[i] |= u32::from(value.is_nan());
     }
-    if nan.contains(&1) || rest.iter().any(|value| value.is_nan()) {
-        return f32::NAN;
+    // By halves, for the same reason.
+    let mut half = maxima.len() / 2;
+    while half > 0 {
+        for i in 0..half {
+            let (a, b) = (maxima[i], maxima[i + half]);
+            maxima[i] = if b > a { b } else { a };
+            nan[i] |= nan[i + half];
+        }
+        half /= 2;
     }
-    highest
+    if nan[0] == 1 { f32::NAN } else { maxima[0] }
 }
 
 /// The Euclidean length of `a`.

@@ -67,6 +67,18 @@ fn fetch_line<T>(at: *const T) {
     let _ = at;
 }
 
+/// The same, to this core's second cache.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn fetch_far_line<T>(at: *const T) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    // SAFETY: a hint, which no address can make fail.
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T1>(at.cast());
+    }
+}
+
 /// A pointer to disjoint parts of one output, handed to the threads of one product.
 /// Each caller proves that its parts do not overlap.
 struct SharedOut<T>(*mut T);

@@ -33,13 +33,19 @@ struct Shared {
     job: Mutex<Option<Job>>,
     /// Workers that may be reading the job.
     inside: AtomicUsize,
-    next: AtomicUsize,
+    /// How many pieces of each thread's own were taken.
+    taken: Vec<Taken>,
     panicked: AtomicBool,
     closing: AtomicBool,
     sleepers: AtomicUsize,
     bed: Mutex<()>,
     bell: Condvar,
 }
+
+/// On lines of its own: each thread counts here at every piece, and seldom where another does.
+#[derive(Default)]
+#[repr(align(128))]
+struct Taken(AtomicUsize);
 
 /// A borrowed closure whose lifetime the caller of `parallel` guards: it does not return while a
 /// worker is inside.
@@ -68,7 +74,7 @@ impl ComputePool {
             epoch: AtomicUsize::new(0),
             job: Mutex::new(None),
             inside: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
+            taken: (0..threads).map(|_| Taken::default()).collect(),
             panicked: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             sleepers: AtomicUsize::new(0),
@@ -83,7 +89,7 @@ impl ComputePool {
             let shared = Arc::clone(&pool.shared);
             let worker = std::thread::Builder::new()
                 .name(format!("inwit-compute-{number}"))
-                .spawn(move || shared.work())?;
+                .spawn(move || shared.work(number))?;
             pool.workers.push(worker);
         }
         Ok(pool)
@@ -284,12 +290,14 @@ impl Shared {
             pieces,
         };
         *self.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
-        self.next.store(0, Ordering::Relaxed);
+        for taken in &self.taken {
+            taken.0.store(0, Ordering::Relaxed);
+        }
         self.epoch.fetch_add(1, Ordering::SeqCst);
         if self.sleepers.load(Ordering::SeqCst) > 0 {
             self.ring();
         }
-        self.take_pieces(job);
+        self.take_pieces(job, 0);
         self.epoch.fetch_add(1, Ordering::SeqCst);
         let mut looks = 0;
         while self.inside.load(Ordering::SeqCst) > 0 {
@@ -301,22 +309,28 @@ impl Shared {
         }
     }
 
-    fn take_pieces(&self, job: Job) {
-        loop {
-            let piece = self.next.fetch_add(1, Ordering::Relaxed);
-            if piece >= job.pieces {
-                return;
-            }
-            // SAFETY: the job is open or this thread is inside it, so the closure is alive.
-            #[allow(unsafe_code)]
-            let work = unsafe { &*job.work };
-            if catch_unwind(AssertUnwindSafe(|| work(piece))).is_err() {
-                self.panicked.store(true, Ordering::SeqCst);
+    /// First those of this thread's own, which lie side by side, so that it can fetch ahead; then
+    /// what the others have not come to.
+    fn take_pieces(&self, job: Job, thread: usize) {
+        for owner in (thread..self.threads).chain(0..thread) {
+            let first = |owner: usize| owner * job.pieces / self.threads;
+            loop {
+                let taken = self.taken[owner].0.fetch_add(1, Ordering::Relaxed);
+                let piece = first(owner) + taken;
+                if piece >= first(owner + 1) {
+                    break;
+                }
+                // SAFETY: the job is open or this thread is inside it, so the closure is alive.
+                #[allow(unsafe_code)]
+                let work = unsafe { &*job.work };
+                if catch_unwind(AssertUnwindSafe(|| work(piece))).is_err() {
+                    self.panicked.store(true, Ordering::SeqCst);
+                }
             }
         }
     }
 
-    fn work(&self) {
+    fn work(&self, thread: usize) {
         let mut done = 0;
         loop {
             let epoch = self.await_job(done);
@@ -329,7 +343,7 @@ impl Shared {
             if self.epoch.load(Ordering::SeqCst) == epoch {
                 let job = *self.job.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(job) = job {
-                    self.take_pieces(job);
+                    self.take_pieces(job, thread);
                 }
             }
             self.inside.fetch_sub(1, Ordering::SeqCst);
@@ -425,6 +439,22 @@ mod tests {
                 }
             });
         }
+    }
+
+    #[test]
+    fn what_a_thread_that_is_held_up_does_not_come_to_the_others_do() {
+        let pool = ComputePool::new(3).expect("threads");
+        let done = AtomicU64::new(0);
+        let held_up = |piece: usize| {
+            let begun = std::time::Instant::now();
+            while piece == 0 && done.load(Ordering::SeqCst) < 29 {
+                assert!(begun.elapsed().as_secs() < 60, "its pieces wait for it");
+                std::thread::yield_now();
+            }
+            done.fetch_add(1, Ordering::SeqCst);
+        };
+        pool.install(|| parallel(30, held_up));
+        assert_eq!(done.into_inner(), 30);
     }
 
     #[test]

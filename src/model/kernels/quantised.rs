@@ -19,6 +19,8 @@ use super::{SharedOut, emit, store};
 pub const QUANT_BLOCK: usize = 32;
 /// Outputs per panel: two AVX-512 registers of sums.
 const PANEL: usize = 32;
+/// Rows that share a load of weights, at most: their sums and exact sums fill the registers.
+const MOST_ROWS: usize = 6;
 /// Outputs per register.
 const LANES: usize = 16;
 /// Inputs per lane of one integer product.
@@ -612,26 +614,46 @@ fn panel_rows(
     x: &RoundedRows,
     mut store: impl FnMut(usize, &[f32; PANEL]),
 ) {
+    // The next panel lies behind this one. Where many tiles share a panel each fetches an even part
+    // of the next, or the first would wait for its panel while nothing is multiplied, and the others
+    // leave the memory idle.
+    let parts = match x.rows.div_ceil(MOST_ROWS) {
+        tiles @ 0..4 => tiles,
+        4..8 => 4,
+        _ => 8,
+    };
     let mut row = 0;
     while row < x.rows {
-        let step = match x.rows - row {
-            1 => 1,
-            2 | 3 => 2,
-            4 | 5 => 4,
-            _ => 6,
+        let fetch = match row / MOST_ROWS {
+            0 if parts > 1 || row == 0 => parts,
+            tile if tile > 0 && tile < parts => parts,
+            _ => 0,
         };
-        match step {
-            1 => emit(row, &tile::<1>(kind, panel, x, row), &mut store),
-            2 => emit(row, &tile::<2>(kind, panel, x, row), &mut store),
-            4 => emit(row, &tile::<4>(kind, panel, x, row), &mut store),
-            _ => emit(row, &tile::<6>(kind, panel, x, row), &mut store),
+        macro_rules! tile {
+            ($rows:expr) => {{
+                let tile = match fetch {
+                    0 => tile::<$rows, 0>,
+                    1 => tile::<$rows, 1>,
+                    2 => tile::<$rows, 2>,
+                    3 => tile::<$rows, 3>,
+                    4 => tile::<$rows, 4>,
+                    _ => tile::<$rows, 8>,
+                };
+                emit(row, &tile(kind, panel, x, row), &mut store);
+                $rows
+            }};
         }
-        row += step;
+        row += match x.rows - row {
+            1 => tile!(1),
+            2 | 3 => tile!(2),
+            4 | 5 => tile!(4),
+            _ => tile!(MOST_ROWS),
+        };
     }
 }
 
-/// `R` rows from `first` on against one panel.
-fn tile<const R: usize>(
+/// `R` rows from `first` on against one panel, while a part of what comes is fetched: see `fetch`.
+fn tile<const R: usize, const FETCH: usize>(
     kind: QuantKind,
     panel: &[u8],
     x: &RoundedRows,
@@ -643,8 +665,8 @@ fn tile<const R: usize>(
         #[allow(unsafe_code)]
         return unsafe {
             match kind {
-                QuantKind::Q4_1 => vnni::tile_q4_1::<R>(panel, x, first),
-                QuantKind::Q8_0 => vnni::tile_q8_0::<R>(panel, x, first),
+                QuantKind::Q4_1 => vnni::tile_q4_1::<R, FETCH>(panel, x, first),
+                QuantKind::Q8_0 => vnni::tile_q8_0::<R, FETCH>(panel, x, first),
             }
         };
     }
@@ -660,16 +682,34 @@ pub(super) fn has_vnni() -> bool {
         && std::arch::is_x86_feature_detected!("avx512f")
 }
 
-/// How far ahead of the products the weights are fetched from memory, in bytes: what the processor
-/// does by itself leaves it waiting.
+/// How far ahead of itself a panel's only tile fetches, in bytes: to where the sums are, and to this
+/// core's second cache, which waits for more lines at once.
 #[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 4_096;
+const NEAR: usize = 4_096;
+#[cfg(target_arch = "x86_64")]
+const FAR: usize = 16_384;
 
+/// What a tile from row `first` on fetches from memory at each `block`: what the processor does by
+/// itself leaves it waiting. `FETCH` is in how many parts the next panel comes; 0 is for none, and 1
+/// for a panel's only tile, which needs weights as fast as they come and fetches what it reads soon.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn fetch(record: *const u8, bytes: usize) {
-    for line in (0..bytes).step_by(64) {
-        super::fetch_line(record.wrapping_add(AHEAD + line));
+fn fetch<const FETCH: usize>(kind: QuantKind, panel: &[u8], first: usize, block: usize) {
+    use super::{LINE, fetch_far_line, fetch_line};
+    let lines = kind.record() / LINE;
+    let at = |line: usize| panel.as_ptr().wrapping_add(line * LINE);
+    if FETCH == 1 {
+        for line in block * lines..(block + 1) * lines {
+            fetch_line(at(line + NEAR / LINE));
+            fetch_far_line(at(line + FAR / LINE));
+        }
+    } else if FETCH > 1 {
+        let part = lines.div_ceil(FETCH);
+        let blocks = panel.len() / kind.record();
+        let before = panel.len() / LINE + first / MOST_ROWS * blocks * part;
+        for line in 0..part {
+            fetch_line(at(before + block * part + line));
+        }
     }
 }
 
@@ -801,7 +841,7 @@ mod vnni {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")]
-    pub(super) unsafe fn tile_q4_1<const R: usize>(
+    pub(super) unsafe fn tile_q4_1<const R: usize, const FETCH: usize>(
         panel: &[u8],
         x: &RoundedRows,
         first: usize,
@@ -815,7 +855,7 @@ mod vnni {
             // SAFETY: `block` is inside the panel and inside each row.
             unsafe {
                 let record = panel.as_ptr().add(block * KIND.record());
-                fetch(record, KIND.record());
+                fetch::<FETCH>(KIND, panel, first, block);
                 let mut sums = [[_mm512_setzero_si512(); 2]; R];
                 for group in 0..GROUPS {
                     let both = _mm512_loadu_si512(record.add(group * 64).cast());
@@ -846,7 +886,7 @@ mod vnni {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")]
-    pub(super) unsafe fn tile_q8_0<const R: usize>(
+    pub(super) unsafe fn tile_q8_0<const R: usize, const FETCH: usize>(
         panel: &[u8],
         x: &RoundedRows,
         first: usize,
@@ -859,7 +899,7 @@ mod vnni {
             // SAFETY: `block` is inside the panel and inside each row.
             unsafe {
                 let record = panel.as_ptr().add(block * KIND.record());
-                fetch(record, KIND.record());
+                fetch::<FETCH>(KIND, panel, first, block);
                 let mut sums = [[_mm512_setzero_si512(); 2]; R];
                 for (row, sums) in sums.iter_mut().enumerate() {
                     *sums = [_mm512_set1_epi32(*rows.offsets[row].add(block)); 2];
