@@ -60,6 +60,28 @@ fn products(c: &mut Criterion) {
     group.finish();
 }
 
+/// As in a forward pass, where a matrix comes from memory: each product takes the next of sixty.
+fn products_from_memory(c: &mut Criterion) {
+    let mut group = c.benchmark_group("product from memory");
+    for ((outputs, inputs), rounding) in SHAPES {
+        let blocks = q4_1(outputs * inputs);
+        let weight = || PackedMatrix::pack_blocks(&blocks, outputs, inputs, QuantKind::Q4_1);
+        let weights: Vec<_> = (0..60)
+            .map(|_| weight().with_inputs_rounded(rounding))
+            .collect();
+        for rows in [1, 4, 16] {
+            let x = numbers(rows * inputs);
+            group.throughput(Throughput::Elements((rows * outputs * inputs) as u64));
+            let name = format!("q4_1/{outputs}x{inputs}");
+            let mut turns = weights.iter().cycle();
+            group.bench_function(BenchmarkId::new(name, rows), |b| {
+                b.iter(|| turns.next().map(|weight| weight.product(black_box(&x))));
+            });
+        }
+    }
+    group.finish();
+}
+
 /// Blocks of 32 weights as a GGUF file holds them: a scale of 1/256, a minimum of -1/32, 4-bit numbers.
 fn q4_1(weights: usize) -> Vec<u8> {
     let quants = |block: usize| (0..16).map(move |i| (block * 31 + i * 7) as u8);
@@ -122,5 +144,5 @@ fn filled(kv_type: KvType, shape: &AttentionShape, blocks: usize) -> KvLayer {
     kv
 }
 
-criterion_group!(benches, products, attention);
+criterion_group!(benches, products, products_from_memory, attention);
 criterion_main!(benches);

@@ -169,7 +169,7 @@ async fn write(
     let end = lasts.min().flatten().context("a stream without tokens")?;
     let counted = came.iter().flatten();
     let counted = counted.filter(|at| *at > start && *at <= end).count();
-    if counted < answer.min(8) / 2 * streams {
+    if counted < (answer.min(8) / 2).max(1) * streams {
         bail!("{streams} streams wrote together for {counted} tokens only: they end by themselves");
     }
     Ok(counted as f64 / end.duration_since(*start).as_secs_f64())

@@ -471,8 +471,8 @@ impl<'a> BlockView<'a> {
     }
 }
 
-/// What one task reads, in order: the keys of its blocks, their values, and then the keys of the
-/// task after it. Blocks lie anywhere, so that the processor sees none of them coming.
+/// What is read, in order: the keys of a task's blocks, their values, and then the keys of the task
+/// after it. Blocks lie anywhere, so that the processor sees none of them coming.
 struct Coming<'a, K, V> {
     store: &'a Store<K, V>,
     view: &'a BlockView<'a>,
@@ -483,36 +483,53 @@ struct Coming<'a, K, V> {
 /// How many blocks ahead of its use one is fetched into this core's second cache.
 const BLOCKS_AHEAD: usize = 8;
 
+/// A block that is read soon.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Ahead {
+    from: *const u8,
+    /// Bytes of one of its numbers.
+    number: usize,
+}
+
+impl Ahead {
+    fn of<T>(block: &[T]) -> Self {
+        Self {
+            from: block.as_ptr().cast(),
+            number: size_of::<T>(),
+        }
+    }
+}
+
 impl<K: Stored, V: Stored> Coming<'_, K, V> {
     /// What is to be fetched while the keys of `block` are read.
-    fn ahead_of_keys(&self, block: usize) -> *const u8 {
+    fn ahead_of_keys(&self, block: usize) -> Ahead {
         self.at(block - self.blocks.start + BLOCKS_AHEAD)
     }
 
     /// The same for its values.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn ahead_of_values(&self, block: usize) -> *const u8 {
+    fn ahead_of_values(&self, block: usize) -> Ahead {
         self.at(self.blocks.len() + block - self.blocks.start + BLOCKS_AHEAD)
     }
 
     #[inline(always)]
-    fn at(&self, index: usize) -> *const u8 {
+    fn at(&self, index: usize) -> Ahead {
         let (blocks, view) = (&self.blocks, self.view);
         if let Some(block) = blocks.clone().nth(index) {
-            return view.of(&self.store.keys, block).as_ptr().cast();
+            return Ahead::of(view.of(&self.store.keys, block));
         }
         let index = index - blocks.len();
         if let Some(block) = blocks.clone().nth(index) {
-            return view.of(&self.store.values, block).as_ptr().cast();
+            return Ahead::of(view.of(&self.store.values, block));
         }
         let index = index - blocks.len();
         let next = self.next.as_ref();
         let next = next.and_then(|(view, blocks)| Some((view, blocks.clone().nth(index)?)));
         match next {
-            Some((view, block)) => view.of(&self.store.keys, block).as_ptr().cast(),
-            // Nothing comes; these are near.
-            None => self.store.keys.as_ptr().cast(),
+            Some((view, block)) => Ahead::of(view.of(&self.store.keys, block)),
+            // Nothing comes: one block over and over.
+            None => Ahead::of(&self.store.keys),
         }
     }
 }
@@ -549,7 +566,7 @@ fn score_blocks<K: Stored, V: Stored, const N: usize>(
 #[inline]
 fn score_pair<T: Stored, const N: usize>(
     keys: [[&[T]; 2]; 2],
-    far: [*const u8; 2],
+    far: [Ahead; 2],
     tile: &[&[f32]; N],
 ) -> [[[f32; KV_BLOCK]; N]; 2] {
     #[cfg(target_arch = "x86_64")]
@@ -670,7 +687,7 @@ mod avx512 {
     use std::ops::Range;
 
     use super::super::{LINE, fetch_far_line, fetch_line};
-    use super::{Coming, Held, KV_BLOCK, Stored, WIDTH};
+    use super::{Ahead, Coming, Held, KV_BLOCK, Stored, WIDTH};
 
     /// Sixteen stored numbers as f32.
     #[inline]
@@ -695,7 +712,7 @@ mod avx512 {
     #[target_feature(enable = "avx512f,fma")]
     pub(super) unsafe fn score_pair<T: Stored, const N: usize>(
         [keys, next]: [[&[T]; 2]; 2],
-        far: [*const u8; 2],
+        far: [Ahead; 2],
         tile: &[&[f32]; N],
     ) -> [[[f32; KV_BLOCK]; N]; 2] {
         let dim = tile[0].len();
@@ -709,9 +726,14 @@ mod avx512 {
             unsafe {
                 // A block's numbers are too few for the processor to see the next one's coming.
                 if (d * KV_BLOCK * size_of::<T>()).is_multiple_of(LINE) {
-                    for (next, far) in next.into_iter().zip(far) {
+                    for next in next {
                         fetch_line(next.wrapping_add(d * KV_BLOCK));
-                        fetch_far_line(far.wrapping_add(d * KV_BLOCK * size_of::<T>()));
+                    }
+                }
+                for far in far {
+                    let at = d * KV_BLOCK * far.number;
+                    if at.is_multiple_of(LINE) {
+                        fetch_far_line(far.from.wrapping_add(at));
                     }
                 }
                 let keys = keys.map(|keys| load(keys.add(d * KV_BLOCK)));
@@ -761,9 +783,10 @@ mod avx512 {
                 let far = coming.ahead_of_values(position / KV_BLOCK);
                 for position in position..end {
                     if first == 0 {
-                        let row = position % KV_BLOCK * dim * size_of::<V>();
-                        for at in (row..row + dim * size_of::<V>()).step_by(LINE) {
-                            fetch_far_line(far.wrapping_add(at));
+                        let row = dim * far.number;
+                        let start = position % KV_BLOCK * row;
+                        for at in (start..start + row).step_by(LINE) {
+                            fetch_far_line(far.from.wrapping_add(at));
                         }
                     }
                     fetch_line(
@@ -943,24 +966,24 @@ mod tests {
             };
             BlockView::of_task(&task, &shape)
         });
-        let keys = |view: &BlockView<'_>, block| view.of(&store.keys, block).as_ptr().cast();
-        let values = |block| view.of(&store.values, block).as_ptr().cast();
+        let keys = |view: &BlockView<'_>, block| Ahead::of(view.of(&store.keys, block));
+        let values = |block| Ahead::of(view.of(&store.values, block));
         let expected = [keys(&view, 8), values(0), values(8), keys(&next, 7)];
         let coming = Coming {
             store,
             view: &view,
             blocks: 0..10,
-            next: Some((BlockView { ..next }, 0..10)),
+            next: Some((next, 0..10)),
         };
-        let index = [0, 2, 10, 19].map(|index| coming.at(index + BLOCKS_AHEAD));
-        assert_eq!(index, expected);
+        let ahead = [0, 2, 10, 19].map(|index| coming.at(index + BLOCKS_AHEAD));
+        assert_eq!(ahead, expected);
         assert_eq!(coming.ahead_of_keys(2), values(0));
         // After the last task nothing comes.
         let last = Coming {
             next: None,
             ..coming
         };
-        assert_eq!(last.at(27), store.keys.as_ptr().cast());
+        assert_eq!(last.at(27), Ahead::of(&store.keys));
     }
 
     /// The second kv head's keys and values, by the machine's kernels and by their definition.

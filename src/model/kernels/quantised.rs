@@ -614,30 +614,27 @@ fn panel_rows(
     x: &RoundedRows,
     mut store: impl FnMut(usize, &[f32; PANEL]),
 ) {
-    // The next panel lies behind this one. Where many tiles share a panel each fetches an even part
-    // of the next, or the first would wait for its panel while nothing is multiplied, and the others
-    // leave the memory idle.
+    // The next panel lies behind this one. Where tiles share a panel, those at its first rows bring
+    // the next in about even parts, or one tile would wait for it while nothing is multiplied, and
+    // the others leave the memory idle. A part is a whole number of lines for each block.
     let parts = match x.rows.div_ceil(MOST_ROWS) {
-        tiles @ 0..4 => tiles,
-        4..8 => 4,
-        _ => 8,
+        tiles @ 0..3 => tiles,
+        3 | 4 => 3,
+        5..10 => 5,
+        _ => 10,
     };
     let mut row = 0;
     while row < x.rows {
-        let fetch = match row / MOST_ROWS {
-            0 if parts > 1 || row == 0 => parts,
-            tile if tile > 0 && tile < parts => parts,
-            _ => 0,
-        };
+        let fetches = row.is_multiple_of(MOST_ROWS) && row / MOST_ROWS < parts;
         macro_rules! tile {
             ($rows:expr) => {{
-                let tile = match fetch {
-                    0 => tile::<$rows, 0>,
+                let tile = match parts {
+                    _ if !fetches => tile::<$rows, 0>,
                     1 => tile::<$rows, 1>,
                     2 => tile::<$rows, 2>,
                     3 => tile::<$rows, 3>,
-                    4 => tile::<$rows, 4>,
-                    _ => tile::<$rows, 8>,
+                    5 => tile::<$rows, 5>,
+                    _ => tile::<$rows, 10>,
                 };
                 emit(row, &tile(kind, panel, x, row), &mut store);
                 $rows
@@ -682,16 +679,16 @@ pub(super) fn has_vnni() -> bool {
         && std::arch::is_x86_feature_detected!("avx512f")
 }
 
-/// How far ahead of itself a panel's only tile fetches, in bytes: to where the sums are, and to this
-/// core's second cache, which waits for more lines at once.
+/// How far ahead of itself a tile of few rows fetches, in bytes: into this core's first cache, and
+/// into its second, which waits for more lines at once.
 #[cfg(target_arch = "x86_64")]
 const NEAR: usize = 4_096;
 #[cfg(target_arch = "x86_64")]
 const FAR: usize = 16_384;
 
 /// What a tile from row `first` on fetches from memory at each `block`: what the processor does by
-/// itself leaves it waiting. `FETCH` is in how many parts the next panel comes; 0 is for none, and 1
-/// for a panel's only tile, which needs weights as fast as they come and fetches what it reads soon.
+/// itself leaves it waiting. `FETCH` is in how many parts the next panel comes; 0 is for none of it,
+/// and 1 for so few rows that weights are needed as fast as they come: then what is read soon.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn fetch<const FETCH: usize>(kind: QuantKind, panel: &[u8], first: usize, block: usize) {
