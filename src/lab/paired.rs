@@ -140,13 +140,6 @@ impl<'a> Steps<'a> {
                     black_box(ended.record.finish(&self.policy));
                 }
             }
-            if offset == 0 {
-                self.watches = self
-                    .watches
-                    .iter()
-                    .map(|_| Watch::new(&self.policy))
-                    .collect();
-            }
             let base_first = chance.below(2) == 0;
             let position = self.options.context + offset;
             measured.push(self.alternate(variant, position, base_first)?);
