@@ -4,8 +4,8 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use inwit::model::kernels::{
-    AttentionShape, KV_BLOCK, KvLayer, KvType, PackedMatrix, QuantKind, Rounding, SpanRows,
-    WeightFormat, attend,
+    AttentionShape, ComputePool, KV_BLOCK, KvLayer, KvType, PackedMatrix, QuantKind, Rounding,
+    SpanRows, WeightFormat, attend,
 };
 
 /// `[outputs, inputs]`: attention in, attention out, MLP in, MLP out; and how the engine rounds
@@ -130,6 +130,58 @@ fn attention(c: &mut Criterion) {
     group.finish();
 }
 
+/// Eight streams that decode and a piece of a long prompt on two threads, as in a forward pass: each
+/// call reads another layer.
+fn attention_from_memory(c: &mut Criterion) {
+    let shape = AttentionShape {
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        scale: 0.125,
+        window: None,
+    };
+    let mut group = c.benchmark_group("attention from memory");
+    let pool = ComputePool::new(2).expect("two threads");
+    let (streams, context, positions) = (8, 304, 4000);
+    let per_stream = context / KV_BLOCK;
+    let blocks: Vec<u32> = (0..(streams * per_stream + positions / KV_BLOCK) as u32).collect();
+    let (contexts, prompt) = blocks.split_at(streams * per_stream);
+    let layers: Vec<KvLayer> = (0..30)
+        .map(|_| filled(KvType::Bf16, &shape, blocks.len()))
+        .collect();
+    for rows in [12, 16, 22, 512] {
+        let streams = contexts.chunks(per_stream).enumerate();
+        let mut spans: Vec<SpanRows<'_>> = streams
+            .map(|(stream, blocks)| SpanRows {
+                first_row: stream,
+                rows: 1,
+                start: context - 1,
+                blocks,
+            })
+            .collect();
+        spans.push(SpanRows {
+            first_row: spans.len(),
+            rows,
+            start: positions - rows,
+            blocks: prompt,
+        });
+        let width = shape.heads * shape.head_dim;
+        let q = numbers((spans.len() - 1 + rows) * width);
+        // Of the prompt.
+        group.throughput(Throughput::Elements((2 * rows * positions * width) as u64));
+        let mut turns = layers.iter().cycle();
+        group.bench_function(format!("bf16/8x1x{context} 1x{rows}x{positions}"), |b| {
+            pool.install(|| {
+                b.iter(|| {
+                    let layer = turns.next();
+                    layer.map(|layer| attend(black_box(&q), width, &shape, layer, &spans))
+                });
+            });
+        });
+    }
+    group.finish();
+}
+
 fn filled(kv_type: KvType, shape: &AttentionShape, blocks: usize) -> KvLayer {
     let mut kv = KvLayer::new(kv_type, shape, blocks);
     let (key, value) = (
@@ -144,5 +196,11 @@ fn filled(kv_type: KvType, shape: &AttentionShape, blocks: usize) -> KvLayer {
     kv
 }
 
-criterion_group!(benches, products, products_from_memory, attention);
+criterion_group!(
+    benches,
+    products,
+    products_from_memory,
+    attention,
+    attention_from_memory
+);
 criterion_main!(benches);

@@ -103,11 +103,6 @@ impl HookPlan {
         &self.sites
     }
 
-    /// How many sites some group reads.
-    pub(super) fn scored_sites(&self) -> usize {
-        self.sites.iter().filter(|site| site.scored).count()
-    }
-
     fn at_mut(&mut self, index: usize) -> &mut SitePlan {
         let place = self.sites.binary_search_by_key(&index, |site| site.index);
         let place = place.unwrap_or_else(|place| {

@@ -1,6 +1,5 @@
 //! Carries a plan out while a forward pass goes by.
 
-use std::mem::take;
 use std::ops::Range;
 
 use candle_core::Tensor;
@@ -9,7 +8,7 @@ use inwit_probes::{ScoreFailure, Site, TokenOutput};
 use super::plan::{CaptureRows, HookPlan, InterventionKind, RowSteer};
 use crate::error::{Error, Result};
 use crate::model::host;
-use crate::model::kernels::{axpy, dot, prefetch};
+use crate::model::kernels::{axpy, beside, dot};
 
 /// One pass under one plan. Made for the pass, gone with it.
 pub struct HookRun<'a> {
@@ -27,22 +26,9 @@ pub struct HookRun<'a> {
     next_stop: usize,
     /// How many of the plan's sites are behind.
     passed: usize,
-    /// How many of them some group reads.
-    scored_sites: usize,
-    /// Sites whose states are still to be scored, by `Site::index`, in the order of a pass. Of few
-    /// rows they are scored together, when the pass is over or a condition asks: weights and code
-    /// have to be brought in from memory once instead of at every site.
-    unscored: Vec<usize>,
-    /// The states of `unscored`, `[rows, d_model]` each. A copy: the pass goes on in the memory
-    /// that it would have used without.
-    kept: Vec<f32>,
-    /// The same on another device, which a copy would make wait.
-    elsewhere: Vec<(usize, Tensor)>,
+    /// Sites whose states are still to be scored, by `Site::index`, in the order of a pass.
+    unscored: Vec<(usize, Tensor)>,
 }
-
-/// Numbers beyond which states are scored where they come by: more than a megabyte would not stay
-/// near, and so many rows pay for what scoring brings from memory.
-const KEPT_NUMBERS: usize = 1 << 18;
 
 /// Hidden states of some rows at one site.
 #[derive(Debug, Clone, PartialEq)]
@@ -80,10 +66,7 @@ impl<'a> HookRun<'a> {
             n_layers: plan.n_layers(),
             next_stop: plan.sites().first().map_or(usize::MAX, |site| site.index),
             passed: 0,
-            scored_sites: plan.scored_sites(),
             unscored: Vec::new(),
-            kept: Vec::new(),
-            elsewhere: Vec::new(),
         }
     }
 
@@ -114,10 +97,8 @@ impl<'a> HookRun<'a> {
         } else {
             self.steer(&actions.steers, &hidden)?
         };
-        if actions.scored && hidden.device().is_cpu() {
-            host::read(&hidden, |values| self.keep_or_score(index, values))?;
-        } else if actions.scored {
-            self.elsewhere.push((index, hidden.clone()));
+        if actions.scored {
+            self.unscored.push((index, hidden.clone()));
         }
         if !actions.captures.is_empty() {
             let width = hidden.dim(1)?;
@@ -128,54 +109,38 @@ impl<'a> HookRun<'a> {
         Ok(hidden)
     }
 
-    fn keep_or_score(&mut self, index: usize, values: &[f32]) {
-        let sites = self.scored_sites;
-        if sites * values.len() > KEPT_NUMBERS {
-            self.score_site(index, values);
-            return;
+    /// Runs what comes after a site, and scores that site beside its first product: on a CPU, where
+    /// states are near only for so long. Another device would have to be waited for.
+    #[inline]
+    pub fn beside<T>(&mut self, main: impl FnOnce() -> Result<T>) -> Result<T> {
+        match self.unscored.first() {
+            Some((_, hidden)) if hidden.device().is_cpu() => self.score_beside(main),
+            _ => main(),
         }
-        if self.kept.capacity() == 0 {
-            self.unscored.reserve(sites);
-            self.kept.reserve(sites * values.len());
-        }
-        self.unscored.push(index);
-        self.kept.extend_from_slice(values);
     }
 
-    /// Scores what was kept for it.
+    fn score_beside<T>(&mut self, main: impl FnOnce() -> Result<T>) -> Result<T> {
+        let mut scored = Ok(());
+        let result = beside(|| scored = self.score(), main);
+        // Here, so that the memory goes back to the thread that it came from.
+        self.unscored.clear();
+        scored.and(result)
+    }
+
+    /// Scores what has not been. Whoever calls it forgets what was.
     fn score(&mut self) -> Result<()> {
-        for (index, hidden) in take(&mut self.elsewhere) {
-            host::read(&hidden, |values| self.score_site(index, values))?;
+        for (index, hidden) in &self.unscored {
+            host::read(hidden, |values| {
+                let width = values.len() / self.rows;
+                for (plan, scores) in self.plan.groups.iter().zip(&mut self.scores) {
+                    let rows = plan.rows.iter();
+                    let rows = rows.map(|row| &values[row * width..(row + 1) * width]);
+                    let scores = scores.chunks_exact_mut(plan.stack.width());
+                    plan.stack.score(*index, rows.zip(scores));
+                }
+            })?;
         }
-        if self.unscored.is_empty() {
-            return Ok(());
-        }
-        let (mut unscored, mut kept) = (take(&mut self.unscored), take(&mut self.kept));
-        prefetch(&kept);
-        for group in &self.plan.groups {
-            group.stack.fetch();
-        }
-        for (index, values) in unscored
-            .iter()
-            .zip(kept.chunks_exact(kept.len() / unscored.len()))
-        {
-            self.score_site(*index, values);
-        }
-        unscored.clear();
-        kept.clear();
-        (self.unscored, self.kept) = (unscored, kept);
         Ok(())
-    }
-
-    /// `values`: `[rows, d_model]`.
-    fn score_site(&mut self, index: usize, values: &[f32]) {
-        let width = values.len() / self.rows;
-        for (plan, scores) in self.plan.groups.iter().zip(&mut self.scores) {
-            let rows = plan.rows.iter();
-            let rows = rows.map(|row| &values[row * width..(row + 1) * width]);
-            let scores = scores.chunks_exact_mut(plan.stack.width());
-            plan.stack.score(index, rows.zip(scores));
-        }
     }
 
     fn capture(&mut self, site: Site, captures: &[CaptureRows], values: &[f32], width: usize) {
@@ -206,6 +171,7 @@ impl<'a> HookRun<'a> {
             return Ok(true);
         };
         self.score()?;
+        self.unscored.clear();
         let is_stack = |group: &super::plan::ScoreGroup| {
             std::sync::Arc::ptr_eq(&group.stack, &condition.stack)
         };
@@ -229,6 +195,9 @@ impl<'a> HookRun<'a> {
             return Err(Error::internal(
                 "a pass ended before the last site of its plan",
             ));
+        }
+        for group in &self.plan.groups {
+            group.stack.fetch();
         }
         self.score()?;
         Ok(Scores {
@@ -472,13 +441,24 @@ mod tests {
         Arc::new(ProbeStack::new(probes, 2))
     }
 
-    fn scored(stack: &Arc<ProbeStack>, states: &[Tensor; 2], rows: Range<usize>) -> Vec<Vec<f32>> {
+    /// With something to run beside after each site, or with nothing, so that all waits for the end.
+    fn scored(
+        stack: &Arc<ProbeStack>,
+        states: &[Tensor; 2],
+        rows: Range<usize>,
+        goes_on: bool,
+    ) -> Vec<Vec<f32>> {
         let mut plan = HookPlan::new(2);
         plan.score(stack, rows.clone());
         let mut run = HookRun::new(&plan, states[0].dim(0).expect("rows"));
         for (layer, state) in states.iter().enumerate() {
             let site = Site::ResidPost(layer as u16);
             run.visit(site, state.clone()).expect("visits");
+            assert_eq!(run.unscored.len(), if goes_on { 1 } else { layer + 1 });
+            if goes_on {
+                run.beside(|| Ok(())).expect("scores");
+                assert!(run.unscored.is_empty(), "what is scored is not kept");
+            }
         }
         let scores = run.finish().expect("scores");
         let of_row = |row| {
@@ -501,27 +481,35 @@ mod tests {
     }
 
     #[test]
-    fn few_rows_and_many_are_scored_alike() {
-        let rows = KEPT_NUMBERS / 8 + 1;
+    fn beside_what_follows_and_at_the_end_rows_are_scored_alike() {
+        let rows = 5;
         let states = [0, 1].map(|layer| {
             let value = |i: usize| ((i * 7 + layer * 3) % 23) as f32 * 0.17 - 1.5;
             let values: Vec<f32> = (0..rows * 4).map(value).collect();
             Tensor::from_vec(values, (rows, 4), &Device::Cpu).expect("makes a tensor")
         });
         let stack = stack();
-        let many = scored(&stack, &states, 1..rows);
-        let few = states
-            .each_ref()
-            .map(|state| state.narrow(0, 1, 3).expect("three rows"));
-        assert_eq!(many[..2], scored(&stack, &few, 0..2));
-        assert_eq!(many.len(), rows - 1);
+        let beside = scored(&stack, &states, 1..rows, true);
+        assert_eq!(beside, scored(&stack, &states, 1..rows, false));
+        assert_eq!(beside.len(), rows - 1);
         // Each probe from its own site, in its own column.
         let row = |layer: usize| states[layer].to_vec2::<f32>().expect("reads")[1].clone();
-        for (probe, score) in stack.probes().iter().zip(&many[0]) {
+        for (probe, score) in stack.probes().iter().zip(&beside[0]) {
             let at = |site| if site == Site::ResidPost(0) { 0 } else { 1 };
             let states = [row(0), row(1)];
             let plain = probe.score_row(|site| &states[at(site)]).expect("scores");
             assert!((plain.logit - score).abs() < 1e-5, "{}", probe.name());
         }
+    }
+
+    #[test]
+    fn what_fails_while_a_site_is_scored_beside_it_is_told() {
+        let stack = stack();
+        let mut plan = HookPlan::new(2);
+        plan.score(&stack, 0..3);
+        let mut run = HookRun::new(&plan, 3);
+        run.visit(Site::ResidPost(0), hidden()).expect("visits");
+        let failed: Result<()> = run.beside(|| Err(Error::internal("on purpose")));
+        assert!(failed.is_err());
     }
 }

@@ -95,13 +95,10 @@ impl ProbeStack {
         place.map_or(&[], |(_, heads)| &self.heads[heads.clone()])
     }
 
-    /// Asks for everything that a step reads before it is needed.
+    /// Asks for what `finish` reads before it is needed.
     pub(super) fn fetch(&self) {
         prefetch(&self.finishers);
         prefetch(&self.columns);
-        for head in &self.heads {
-            prefetch(&head.weight);
-        }
     }
 
     /// Scores rows' hidden states `[d_model]` at a site into their rows of scores `[width]`.
@@ -111,6 +108,9 @@ impl ProbeStack {
         rows: impl Iterator<Item = (&'a [f32], &'a mut [f32])>,
     ) {
         let heads = self.heads_at(site_index);
+        for head in heads {
+            prefetch(&head.weight);
+        }
         for (hidden, scores) in rows {
             for head in heads {
                 let scale = if head.unit { l2_norm(hidden) } else { 1.0 };

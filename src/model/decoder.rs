@@ -79,14 +79,14 @@ impl Decoder {
             };
             resid = hooks.visit(Site::ResidPre(i), resid)?;
             let mut attn_out = block.input_layernorm.forward(&resid)?;
-            attn_out = block.self_attn.forward(&attn_out, batch, rope, kv)?;
+            attn_out = hooks.beside(|| block.self_attn.forward(&attn_out, batch, rope, kv))?;
             if let Some(norm) = &block.post_attention_norm {
                 attn_out = norm.forward(&attn_out)?;
             }
             attn_out = hooks.visit(Site::AttnOut(i), attn_out)?;
             resid = hooks.visit(Site::ResidMid(i), self.add(resid, &attn_out)?)?;
             let mut mlp_out = block.pre_mlp_norm.forward(&resid)?;
-            mlp_out = block.mlp.forward(&mlp_out)?;
+            mlp_out = hooks.beside(|| block.mlp.forward(&mlp_out))?;
             if let Some(norm) = &block.post_mlp_norm {
                 mlp_out = norm.forward(&mlp_out)?;
             }

@@ -12,8 +12,8 @@ use half::bf16;
 use multiversion::multiversion;
 
 use super::SharedOut;
-use super::elementwise::{ROUND, exp_inline, highest};
-use super::pool::parallel;
+use super::elementwise::{ROUND, exp_inline};
+use super::pool::{current_threads, parallel_shares};
 
 /// Positions per KV block.
 pub const KV_BLOCK: usize = 16;
@@ -278,6 +278,17 @@ struct Task<'a> {
     kv_head: usize,
 }
 
+impl Task<'_> {
+    /// About how long it takes, in queries times positions.
+    fn work(&self, shape: &AttentionShape) -> usize {
+        let end = self.span.start + self.first + self.rows;
+        let seen = shape
+            .window
+            .map_or(end, |window| end.min(window + self.rows));
+        self.rows * shape.heads / shape.kv_heads * seen
+    }
+}
+
 /// Multiply-adds below which one thread does it all.
 const PARALLEL_WORK: usize = 1 << 16;
 
@@ -295,13 +306,12 @@ fn attend_store<K: Stored, V: Stored>(
 ) {
     let group = shape.heads / shape.kv_heads;
     let rows = (MANY / group).max(1);
-    let mut tasks = Vec::new();
-    let mut work = 0;
+    let (mut long, mut short) = (Vec::new(), Vec::new());
     for span in spans {
-        work += span.rows * (span.start + span.rows) * shape.heads * shape.head_dim;
         // Head by head, so that what one task has fetched serves the next.
         for kv_head in 0..shape.kv_heads {
             for first in (0..span.rows).step_by(rows) {
+                let tasks = if span.rows > 1 { &mut long } else { &mut short };
                 tasks.push(Task {
                     span,
                     first,
@@ -311,6 +321,8 @@ fn attend_store<K: Stored, V: Stored>(
             }
         }
     }
+    let (tasks, ends) = shares(&long, &short, current_threads(), |task| task.work(shape));
+    let work: usize = tasks.iter().map(|task| task.work(shape)).sum();
     let out = SharedOut(out.as_mut_ptr());
     let run = |(task, next): (&Task<'_>, Option<&Task<'_>>), scratch: &mut Vec<f32>| {
         let queries: Vec<(usize, usize)> = (0..task.rows * group)
@@ -336,14 +348,48 @@ fn attend_store<K: Stored, V: Stored>(
         }
     };
     let run = |task: usize| {
-        let task = (&tasks[task], tasks.get(task + 1));
-        SCRATCH.with_borrow_mut(|scratch| run(task, scratch));
+        let next = (!ends.contains(&(task + 1))).then(|| tasks[task + 1]);
+        SCRATCH.with_borrow_mut(|scratch| run((tasks[task], next), scratch));
     };
-    if work < PARALLEL_WORK {
+    if work * shape.head_dim < PARALLEL_WORK {
         (0..tasks.len()).for_each(run);
     } else {
-        parallel(tasks.len(), run);
+        let first = |thread: usize, _| thread.checked_sub(1).map_or(0, |before| ends[before]);
+        parallel_shares(tasks.len(), first, run);
     }
+}
+
+/// An order of all tasks, and where in it the share of each thread ends: the long ones first, so
+/// that the short ones can even out who is done early, each thread's side by side, and all shares
+/// about as much work.
+fn shares<'t, T>(
+    long: &'t [T],
+    short: &'t [T],
+    threads: usize,
+    work: impl Fn(&T) -> usize,
+) -> (Vec<&'t T>, Vec<usize>) {
+    let total = |tasks: &[T]| tasks.iter().map(&work).sum::<usize>();
+    let (all_long, all) = (total(long), total(long) + total(short));
+    let (mut order, mut ends) = (Vec::with_capacity(long.len() + short.len()), Vec::new());
+    let (mut long, mut short) = (long.iter().peekable(), short.iter().peekable());
+    let (mut done_long, mut done) = (0, 0);
+    for thread in 1..=threads {
+        // A task goes to whom more than half of it belongs to.
+        let fits = |done: usize, all: usize, task: &T| {
+            thread == threads || (2 * done + work(task)) * threads < 2 * all * thread
+        };
+        while let Some(task) = long.next_if(|task| fits(done_long, all_long, task)) {
+            done_long += work(task);
+            done += work(task);
+            order.push(task);
+        }
+        while let Some(task) = short.next_if(|task| fits(done, all, task)) {
+            done += work(task);
+            order.push(task);
+        }
+        ends.push(order.len());
+    }
+    (order, ends)
 }
 
 fn attend_queries<K: Stored, V: Stored, const N: usize>(
@@ -365,14 +411,30 @@ fn attend_queries<K: Stored, V: Stored, const N: usize>(
         .min()
         .unwrap_or(0);
     let first_block = lowest / KV_BLOCK;
-    scratch.resize(scratch.len().max(N * (width + dim)), 0.0);
-    let (scores, sums) = scratch[..N * (width + dim)].split_at_mut(N * width);
+    // An odd number of lines from one query to the next: they are read side by side, and would
+    // otherwise push each other out of the same places of the first cache.
+    let stride = ((width / KV_BLOCK) | 1) * KV_BLOCK;
+    let room = N * (stride + 2 * dim);
+    scratch.resize(scratch.len().max(room), 0.0);
+    let (scores, rest) = scratch[..room].split_at_mut(N * stride);
+    let (sums, tile) = rest.split_at_mut(N * dim);
     sums.fill(0.0);
-    // Absent queries repeat the first: same cost, one code path.
-    let tile: [&[f32]; N] = std::array::from_fn(|i| {
+    // What each query sees, and what all of them see.
+    let seen = |row: usize| first_seen(span.start + row, shape.window)..span.start + row + 1;
+    let mut common = 0..usize::MAX;
+    for (row, _) in queries {
+        let seen = seen(*row);
+        common = common.start.max(seen.start)..common.end.min(seen.end);
+    }
+    let common = common.start..common.end.max(common.start);
+    // [head_dim, N]. Absent queries repeat the first: same cost, one code path.
+    for i in 0..N {
         let (row, head) = queries[if i < queries.len() { i } else { 0 }];
-        &q.numbers[(span.first_row + row) * q.width + head * dim..][..dim]
-    });
+        let query = &q.numbers[(span.first_row + row) * q.width + head * dim..][..dim];
+        for (tile, number) in tile.chunks_exact_mut(N).zip(query) {
+            tile[i] = *number;
+        }
+    }
     let view = BlockView::of_task(task, shape);
     let coming = Coming {
         store,
@@ -387,16 +449,12 @@ fn attend_queries<K: Stored, V: Stored, const N: usize>(
             )
         }),
     };
-    score_blocks(&coming, &tile, shape.scale, width, scores);
+    let peaks = score_blocks::<K, V, N>(&coming, tile, shape.scale, &common, scores);
     let mut totals = [0f32; N];
-    // What each query sees, and what all of them see.
-    let seen = |row: usize| first_seen(span.start + row, shape.window)..span.start + row + 1;
-    let mut common = 0..usize::MAX;
     for (i, (row, _)) in queries.iter().enumerate() {
         let seen = seen(*row);
-        common = common.start.max(seen.start)..common.end.min(seen.end);
-        let scores = &mut scores[i * width..][..seen.end];
-        totals[i] = soften(scores, seen.start);
+        let scores = &mut scores[i * stride..][..seen.end];
+        totals[i] = soften(scores, seen.start, &peaks.of_query[i], &peaks.positions);
         if V::HELD == Held::Steps {
             // Multiplied once for all numbers of a value. A block's other positions are not read.
             let blocks = scores.chunks_mut(KV_BLOCK).enumerate();
@@ -408,10 +466,9 @@ fn attend_queries<K: Stored, V: Stored, const N: usize>(
             }
         }
     }
-    let common = common.start..common.end.max(common.start);
     let weights: [&[f32]; N] = std::array::from_fn(|i| {
         let i = if i < queries.len() { i } else { 0 };
-        &scores[i * width..(i + 1) * width]
+        &scores[i * stride..][..width]
     });
     for (i, (row, _)) in queries.iter().enumerate() {
         let before = seen(*row).start..common.start.min(seen(*row).end);
@@ -534,87 +591,165 @@ impl<K: Stored, V: Stored> Coming<'_, K, V> {
     }
 }
 
-/// The scores of `N` queries against all blocks: `scores` is `[N, width]`.
-fn score_blocks<K: Stored, V: Stored, const N: usize>(
-    coming: &Coming<'_, K, V>,
-    tile: &[&[f32]; N],
-    scale: f32,
-    width: usize,
-    scores: &mut [f32],
-) {
-    // Two blocks at a time: more chains than one multiply-add takes cycles.
-    let end = width / KV_BLOCK;
-    for block in coming.blocks.clone().step_by(2) {
-        let pair = [block, (block + 1).min(end - 1)];
-        let next = pair.map(|block| (block + 2).min(end - 1));
-        let keys = |block| coming.view.of(&coming.store.keys, block);
-        let far = pair.map(|block| coming.ahead_of_keys(block));
-        let sums = score_pair([pair, next].map(|pair| pair.map(keys)), far, tile);
-        for (block, sums) in pair.into_iter().zip(sums) {
-            for (i, sums) in sums.iter().enumerate() {
-                let scores = &mut scores[i * width + block * KV_BLOCK..][..KV_BLOCK];
-                for (score, sum) in scores.iter_mut().zip(sums) {
-                    *score = sum * scale;
-                }
-            }
-        }
-    }
+/// The highest scores of each query, lane by lane, at some positions that all of them see.
+struct Peaks<const N: usize> {
+    of_query: [[f32; KV_BLOCK]; N],
+    positions: Range<usize>,
 }
 
-/// `q.k` of `N` queries and the keys of two blocks, while the next two are fetched from near and
-/// two others from afar.
+/// The scores of `N` queries, `[head_dim, N]`, against all blocks, and where they peak at the
+/// positions of `common`: `scores` is `[N, stride]`.
+fn score_blocks<K: Stored, V: Stored, const N: usize>(
+    coming: &Coming<'_, K, V>,
+    tile: &[f32],
+    scale: f32,
+    common: &Range<usize>,
+    scores: &mut [f32],
+) -> Peaks<N> {
+    let mut peaks = Peaks {
+        of_query: [[f32::NEG_INFINITY; KV_BLOCK]; N],
+        positions: common.start..common.start,
+    };
+    // Two blocks at a time: more chains than one multiply-add takes cycles.
+    let end = coming.blocks.end;
+    for block in coming.blocks.clone().step_by(2) {
+        let blocks = [block, (block + 1).min(end - 1)];
+        let [first, last] = blocks.map(|block| block * KV_BLOCK);
+        let seen_by_all = common.start <= first && last + KV_BLOCK <= common.end;
+        if seen_by_all {
+            let start = match peaks.positions.is_empty() {
+                true => first,
+                false => peaks.positions.start,
+            };
+            peaks.positions = start..last + KV_BLOCK;
+        }
+        let keys = |block: usize| coming.view.of(&coming.store.keys, block);
+        let pair = Pair {
+            keys: blocks.map(keys),
+            next: blocks.map(|block| keys((block + 2).min(end - 1))),
+            far: blocks.map(|block| coming.ahead_of_keys(block)),
+            positions: [first, last],
+        };
+        let peaks = seen_by_all.then_some(&mut peaks.of_query);
+        score_pair(&pair, tile, scale, scores, peaks);
+    }
+    peaks
+}
+
+/// Two blocks of keys.
+struct Pair<'a, T> {
+    keys: [&'a [T]; 2],
+    /// Those that are fetched meanwhile from near, and from afar.
+    next: [&'a [T]; 2],
+    far: [Ahead; 2],
+    /// The first position of each.
+    positions: [usize; 2],
+}
+
+/// `scale q.k` of `N` queries, `[head_dim, N]`, and the keys of two blocks, at their positions of
+/// `scores`, `[N, stride]`; where they are higher than `peaks`, there too.
 #[inline]
 fn score_pair<T: Stored, const N: usize>(
-    keys: [[&[T]; 2]; 2],
-    far: [Ahead; 2],
-    tile: &[&[f32]; N],
-) -> [[[f32; KV_BLOCK]; N]; 2] {
+    pair: &Pair<'_, T>,
+    tile: &[f32],
+    scale: f32,
+    scores: &mut [f32],
+    peaks: Option<&mut [[f32; KV_BLOCK]; N]>,
+) {
     #[cfg(target_arch = "x86_64")]
     if has_avx512() {
         // SAFETY: the features were just detected.
         #[allow(unsafe_code)]
-        return unsafe { avx512::score_pair(keys, far, tile) };
+        return unsafe { avx512::score_pair(pair, tile, scale, scores, peaks) };
     }
-    let _ = far;
-    score_pair_plain(keys[0], tile)
+    score_pair_plain(pair, tile, scale, scores, peaks);
 }
 
 /// The definition; the variant for AVX-512 gives the same bits.
 #[multiversion(targets("x86_64+avx2+fma", "aarch64+neon"))]
 fn score_pair_plain<T: Stored, const N: usize>(
-    keys: [&[T]; 2],
-    tile: &[&[f32]; N],
-) -> [[[f32; KV_BLOCK]; N]; 2] {
+    pair: &Pair<'_, T>,
+    tile: &[f32],
+    scale: f32,
+    scores: &mut [f32],
+    peaks: Option<&mut [[f32; KV_BLOCK]; N]>,
+) {
     let mut sums = [[[0f32; KV_BLOCK]; N]; 2];
-    for d in 0..tile[0].len() {
-        for (sums, keys) in sums.iter_mut().zip(keys) {
+    for (d, tile) in tile.chunks_exact(N).enumerate() {
+        for (sums, keys) in sums.iter_mut().zip(pair.keys) {
             let keys = &keys[d * KV_BLOCK..(d + 1) * KV_BLOCK];
             let mut wide = [0f32; KV_BLOCK];
             for j in 0..KV_BLOCK {
                 wide[j] = keys[j].widen();
             }
             for i in 0..N {
-                let q = tile[i][d];
+                let q = tile[i];
                 for j in 0..KV_BLOCK {
                     sums[i][j] = q.mul_add(wide[j], sums[i][j]);
                 }
             }
         }
     }
-    sums
+    let stride = scores.len() / N;
+    let mut highest = [[f32::NEG_INFINITY; KV_BLOCK]; N];
+    for (sums, position) in sums.iter().zip(pair.positions) {
+        for (i, sums) in sums.iter().enumerate() {
+            let scores = &mut scores[i * stride + position..][..KV_BLOCK];
+            for j in 0..KV_BLOCK {
+                scores[j] = sums[j] * scale;
+                highest[i][j] = higher(highest[i][j], scores[j]);
+            }
+        }
+    }
+    if let Some(peaks) = peaks {
+        for (peaks, highest) in peaks
+            .as_flattened_mut()
+            .iter_mut()
+            .zip(highest.as_flattened())
+        {
+            *peaks = higher(*peaks, *highest);
+        }
+    }
 }
 
-/// Turns `scores[low..]` into `e^(score - max)` and returns their sum.
+/// The higher of two; the first, where one is not a number.
+#[inline(always)]
+fn higher(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+/// Turns `scores[low..]` into `e^(score - max)` and returns their sum. At the positions of `known`
+/// the scores are no higher than `peaks`, and as high somewhere. A score that is not a number makes
+/// the sum none.
 #[multiversion(targets(
     "x86_64+avx512f+avx512vl+avx512dq+fma",
     "x86_64+avx2+fma",
     "aarch64+neon"
 ))]
-fn soften(scores: &mut [f32], low: usize) -> f32 {
-    let seen = &mut scores[low..];
-    let max = highest(seen);
+fn soften(scores: &mut [f32], low: usize, peaks: &[f32; KV_BLOCK], known: &Range<usize>) -> f32 {
+    let mut peaks = *peaks;
+    let [start, end] = [known.start, known.end].map(|at| at.clamp(low, scores.len()));
+    for rest in [&scores[low..start], &scores[end..]] {
+        let mut chunks = rest.chunks_exact(KV_BLOCK);
+        for chunk in &mut chunks {
+            for j in 0..KV_BLOCK {
+                peaks[j] = higher(peaks[j], chunk[j]);
+            }
+        }
+        for (j, score) in chunks.remainder().iter().enumerate() {
+            peaks[j] = higher(peaks[j], *score);
+        }
+    }
+    let mut half = KV_BLOCK / 2;
+    while half > 0 {
+        for j in 0..half {
+            peaks[j] = higher(peaks[j], peaks[j + half]);
+        }
+        half /= 2;
+    }
+    let max = peaks[0];
     let mut lanes = [0f32; KV_BLOCK];
-    let mut chunks = seen.chunks_exact_mut(KV_BLOCK);
+    let mut chunks = scores[low..].chunks_exact_mut(KV_BLOCK);
     for chunk in &mut chunks {
         for j in 0..KV_BLOCK {
             chunk[j] = exp_inline(chunk[j] - max);
@@ -687,7 +822,10 @@ mod avx512 {
     use std::ops::Range;
 
     use super::super::{LINE, fetch_far_line, fetch_line};
-    use super::{Ahead, Coming, Held, KV_BLOCK, Stored, WIDTH};
+    use super::{Coming, Held, KV_BLOCK, Pair, Stored, WIDTH};
+
+    /// Numbers of a key between two looks ahead: of one byte each, those of sixteen fill a line.
+    const LOOK: usize = LINE / KV_BLOCK;
 
     /// Sixteen stored numbers as f32.
     #[inline]
@@ -709,47 +847,115 @@ mod avx512 {
         }
     }
 
+    /// Thirty-two stored numbers as f32: those of bf16 with even places first, which takes no more
+    /// than a shift and a mask.
+    #[inline]
+    #[target_feature(enable = "avx512f,fma")]
+    unsafe fn load_pair<T: Stored>(from: *const T) -> [__m512; 2] {
+        // SAFETY: the caller has thirty-two numbers of `T` there.
+        unsafe {
+            if T::HELD != Held::Bf16 {
+                return [load(from), load(from.add(16))];
+            }
+            let both = _mm512_loadu_si512(from.cast());
+            let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            [
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)),
+                _mm512_castsi512_ps(odd),
+            ]
+        }
+    }
+
+    /// Thirty-two numbers as `load_pair` places those of `T`.
+    #[inline]
+    #[target_feature(enable = "avx512f,fma")]
+    fn as_loaded<T: Stored>([low, high]: [__m512; 2]) -> [__m512; 2] {
+        if T::HELD != Held::Bf16 {
+            return [low, high];
+        }
+        let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+        [
+            _mm512_permutex2var_ps(low, even, high),
+            _mm512_permutex2var_ps(low, odd, high),
+        ]
+    }
+
+    /// And back.
+    #[inline]
+    #[target_feature(enable = "avx512f,fma")]
+    fn in_order<T: Stored>([even, odd]: [__m512; 2]) -> [__m512; 2] {
+        if T::HELD != Held::Bf16 {
+            return [even, odd];
+        }
+        let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        let second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        [
+            _mm512_permutex2var_ps(even, first, odd),
+            _mm512_permutex2var_ps(even, second, odd),
+        ]
+    }
+
     #[target_feature(enable = "avx512f,fma")]
     pub(super) unsafe fn score_pair<T: Stored, const N: usize>(
-        [keys, next]: [[&[T]; 2]; 2],
-        far: [Ahead; 2],
-        tile: &[&[f32]; N],
-    ) -> [[[f32; KV_BLOCK]; N]; 2] {
-        let dim = tile[0].len();
-        assert!(keys.iter().all(|keys| keys.len() >= dim * KV_BLOCK));
-        assert!(tile.iter().all(|query| query.len() == dim));
-        let queries = tile.map(<[f32]>::as_ptr);
-        let [keys, next] = [keys, next].map(|keys| keys.map(<[T]>::as_ptr));
+        pair: &Pair<'_, T>,
+        tile: &[f32],
+        scale: f32,
+        scores: &mut [f32],
+        peaks: Option<&mut [[f32; KV_BLOCK]; N]>,
+    ) {
+        let stride = scores.len() / N;
+        let room = tile.len() / N * KV_BLOCK;
+        assert!(pair.keys.iter().all(|keys| keys.len() >= room));
+        assert!(pair.positions.iter().all(|at| at + KV_BLOCK <= stride));
+        let [keys, next] = [pair.keys, pair.next].map(|keys| keys.map(<[T]>::as_ptr));
         let mut sums = [[_mm512_setzero_ps(); N]; 2];
-        for d in 0..dim {
-            // SAFETY: `d` is inside each query, and sixteen keys per `d` are inside each block.
-            unsafe {
-                // A block's numbers are too few for the processor to see the next one's coming.
-                if (d * KV_BLOCK * size_of::<T>()).is_multiple_of(LINE) {
-                    for next in next {
-                        fetch_line(next.wrapping_add(d * KV_BLOCK));
-                    }
+        for (block, queries) in tile.chunks(LOOK * N).enumerate() {
+            let start = block * LOOK;
+            // A block's numbers are too few for the processor to see the next one's coming.
+            for next in next {
+                let next = next.wrapping_add(start * KV_BLOCK).cast::<u8>();
+                for line in 0..size_of::<T>() {
+                    fetch_line(next.wrapping_add(line * LINE));
                 }
-                for far in far {
-                    let at = d * KV_BLOCK * far.number;
-                    if at.is_multiple_of(LINE) {
-                        fetch_far_line(far.from.wrapping_add(at));
-                    }
+            }
+            for far in pair.far {
+                let mut at = far.from.wrapping_add(start * KV_BLOCK * far.number);
+                for _ in 0..far.number {
+                    fetch_far_line(at);
+                    at = at.wrapping_add(LINE);
                 }
-                let keys = keys.map(|keys| load(keys.add(d * KV_BLOCK)));
-                for i in 0..N {
-                    let q = _mm512_set1_ps(*queries[i].add(d));
-                    sums[0][i] = _mm512_fmadd_ps(q, keys[0], sums[0][i]);
-                    sums[1][i] = _mm512_fmadd_ps(q, keys[1], sums[1][i]);
+            }
+            for (d, queries) in queries.chunks_exact(N).enumerate() {
+                // SAFETY: sixteen keys per number of a query are inside each block.
+                unsafe {
+                    let at = (start + d) * KV_BLOCK;
+                    let keys = [load(keys[0].add(at)), load(keys[1].add(at))];
+                    for (i, query) in queries.iter().enumerate() {
+                        let query = _mm512_set1_ps(*query);
+                        sums[0][i] = _mm512_fmadd_ps(query, keys[0], sums[0][i]);
+                        sums[1][i] = _mm512_fmadd_ps(query, keys[1], sums[1][i]);
+                    }
                 }
             }
         }
-        let mut out = [[[0f32; KV_BLOCK]; N]; 2];
-        for (out, sums) in out.as_flattened_mut().iter_mut().zip(sums.as_flattened()) {
-            // SAFETY: there is room for sixteen.
-            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), *sums) };
+        let scale = _mm512_set1_ps(scale);
+        for (sums, position) in sums.iter_mut().zip(pair.positions) {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = _mm512_mul_ps(*sum, scale);
+                // SAFETY: sixteen numbers from `position` on are inside each stride.
+                unsafe { _mm512_storeu_ps(scores.as_mut_ptr().add(i * stride + position), *sum) };
+            }
         }
-        out
+        for (i, peaks) in peaks.into_iter().flatten().enumerate() {
+            // Of two of which one is not a number, the second is taken.
+            // SAFETY: there is room for sixteen.
+            unsafe {
+                let highest = _mm512_max_ps(sums[0][i], _mm512_loadu_ps(peaks.as_ptr()));
+                let highest = _mm512_max_ps(sums[1][i], highest);
+                _mm512_storeu_ps(peaks.as_mut_ptr(), highest);
+            }
+        }
     }
 
     #[target_feature(enable = "avx512f,fma")]
@@ -770,10 +976,13 @@ mod avx512 {
             let at = |i: usize, half: usize| i * dim + first + half * 16;
             let mut sums = [[_mm512_setzero_ps(); 2]; N];
             for (i, sums) in sums.iter_mut().enumerate() {
-                for (half, sum) in sums.iter_mut().enumerate() {
-                    // SAFETY: sixteen numbers are there.
-                    *sum = unsafe { _mm512_loadu_ps(out.as_ptr().add(at(i, half))) };
-                }
+                // SAFETY: thirty-two numbers are there.
+                *sums = as_loaded::<V>(unsafe {
+                    [
+                        _mm512_loadu_ps(out.as_ptr().add(at(i, 0))),
+                        _mm512_loadu_ps(out.as_ptr().add(at(i, 1))),
+                    ]
+                });
             }
             let mut position = positions.start;
             while position < positions.end {
@@ -781,14 +990,15 @@ mod avx512 {
                 let end = positions.end.min((position / KV_BLOCK + 1) * KV_BLOCK);
                 let next = view.of(stored, end.min(last) / KV_BLOCK);
                 let far = coming.ahead_of_values(position / KV_BLOCK);
+                // Of each of its rows the part that this turn is about: a line, or two.
+                let (row, wide) = (dim * far.number, WIDTH * far.number > LINE);
+                let mut far = far.from.wrapping_add(first * far.number);
                 for position in position..end {
-                    if first == 0 {
-                        let row = dim * far.number;
-                        let start = position % KV_BLOCK * row;
-                        for at in (start..start + row).step_by(LINE) {
-                            fetch_far_line(far.from.wrapping_add(at));
-                        }
+                    fetch_far_line(far);
+                    if wide {
+                        fetch_far_line(far.wrapping_add(LINE));
                     }
+                    far = far.wrapping_add(row);
                     fetch_line(
                         next.as_ptr()
                             .wrapping_add(position % KV_BLOCK * dim + first),
@@ -797,7 +1007,7 @@ mod avx512 {
                     // up to `positions.end` is there.
                     unsafe {
                         let row = values.as_ptr().add(position % KV_BLOCK * dim + first);
-                        let row = [load(row), load(row.add(16))];
+                        let row = load_pair(row);
                         for i in 0..N {
                             let weight = _mm512_set1_ps(*weights[i].add(position));
                             sums[i][0] = _mm512_fmadd_ps(weight, row[0], sums[i][0]);
@@ -807,10 +1017,10 @@ mod avx512 {
                 }
                 position = end;
             }
-            for (i, sums) in sums.iter().enumerate() {
-                for (half, sum) in sums.iter().enumerate() {
+            for (i, sums) in sums.into_iter().enumerate() {
+                for (half, sum) in in_order::<V>(sums).into_iter().enumerate() {
                     // SAFETY: room for sixteen numbers is there.
-                    unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(at(i, half)), *sum) };
+                    unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(at(i, half)), sum) };
                 }
             }
         }
@@ -944,6 +1154,30 @@ mod tests {
     }
 
     #[test]
+    fn threads_get_even_shares_in_which_long_tasks_come_first() {
+        // Eight streams that decode among three pieces of a prompt.
+        let (long, short) = ([100, 120, 100], [10, 10, 10, 10, 10, 10, 10, 40]);
+        for threads in 1..6 {
+            let (order, ends) = shares(&long, &short, threads, |work| *work);
+            assert_eq!((ends.len(), ends.last()), (threads, Some(&order.len())));
+            let mut all: Vec<usize> = order.iter().map(|work| **work).collect();
+            let mut start = 0;
+            for end in ends {
+                let share = &all[start..end];
+                let even = 430 / threads;
+                let total = share.iter().sum::<usize>();
+                assert!(total.abs_diff(even) <= 60, "{threads}: {share:?}");
+                assert!(share.is_sorted_by_key(|work| *work < 100), "{share:?}");
+                start = end;
+            }
+            all.sort_unstable();
+            let mut expected = [long.as_slice(), &short].concat();
+            expected.sort_unstable();
+            assert_eq!(all, expected);
+        }
+    }
+
+    #[test]
     fn what_is_fetched_ahead_is_what_is_read_later() {
         let shape = shape(None);
         let positions = 10 * KV_BLOCK;
@@ -1013,13 +1247,36 @@ mod tests {
             blocks: 0..blocks.len(),
             next: Some((BlockView::of_task(&task, shape), 0..blocks.len())),
         };
-        let queries: [Vec<f32>; MANY] = std::array::from_fn(|i| seeded(dim, 5 + i as u32));
-        let tile = queries.each_ref().map(Vec::as_slice);
+        let tile = seeded(dim * MANY, 5);
         let last = blocks.len() - 1;
         let keys = [0, last].map(|block| view.of(&store.keys, block));
-        let far = [0, last].map(|block| coming.ahead_of_keys(block));
-        let scores = score_pair([keys, keys], far, &tile);
-        assert_eq!(scores, score_pair_plain(keys, &tile));
+        let pair = Pair {
+            keys,
+            next: keys,
+            far: [0, last].map(|block| coming.ahead_of_keys(block)),
+            positions: [KV_BLOCK, 0],
+        };
+        let scored = [true, false].map(|plain| {
+            let mut scores = [[0f32; 2 * KV_BLOCK]; MANY];
+            let mut peaks = [[0.25f32; KV_BLOCK]; MANY];
+            let score = if plain { score_pair_plain } else { score_pair };
+            score(
+                &pair,
+                &tile,
+                0.2,
+                scores.as_flattened_mut(),
+                Some(&mut peaks),
+            );
+            (scores, peaks)
+        });
+        assert_eq!(scored[0], scored[1]);
+        let [(scores, peaks), _] = scored;
+        for (scores, peaks) in scores.iter().zip(peaks) {
+            for (j, peak) in peaks.iter().enumerate() {
+                let scores = [scores[j], scores[KV_BLOCK + j]];
+                assert_eq!(*peak, scores.into_iter().fold(0.25, f32::max));
+            }
+        }
         let weights: [Vec<f32>; MANY] = std::array::from_fn(|i| seeded(positions, 50 + i as u32));
         let weights = weights.each_ref().map(Vec::as_slice);
         let positions = positions / 3..positions;

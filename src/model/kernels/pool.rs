@@ -3,8 +3,9 @@
 //! cost more than the work. Between passes the threads sleep, so that an idle server is idle.
 
 use std::cell::{Cell, RefCell};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -33,8 +34,8 @@ struct Shared {
     job: Mutex<Option<Job>>,
     /// Workers that may be reading the job.
     inside: AtomicUsize,
-    /// How many pieces of each thread's own were taken.
-    taken: Vec<Taken>,
+    /// Each thread's own pieces of the open job. Written like `job`.
+    shares: Vec<Share>,
     panicked: AtomicBool,
     closing: AtomicBool,
     sleepers: AtomicUsize,
@@ -42,17 +43,48 @@ struct Shared {
     bell: Condvar,
 }
 
+/// Pieces that lie side by side. Their owner takes them from the first on, so that it can fetch
+/// what comes next; others take from the last.
 /// On lines of its own: each thread counts here at every piece, and seldom where another does.
 #[derive(Default)]
 #[repr(align(128))]
-struct Taken(AtomicUsize);
+struct Share {
+    first: AtomicUsize,
+    pieces: AtomicU64,
+    /// How many were taken from the front, and from the back times 2^32. A thread that finds none
+    /// left has counted itself, too.
+    taken: AtomicU64,
+}
+
+const FROM_FRONT: u64 = 1;
+const FROM_BACK: u64 = 1 << 32;
+
+impl Share {
+    fn hand_out(&self, pieces: Range<usize>) {
+        self.first.store(pieces.start, Ordering::Relaxed);
+        self.pieces.store(pieces.len() as u64, Ordering::Relaxed);
+        self.taken.store(0, Ordering::Relaxed);
+    }
+
+    /// A piece that nobody else takes.
+    fn take(&self, from: u64) -> Option<usize> {
+        let taken = self.taken.fetch_add(from, Ordering::Relaxed);
+        let (front, back) = (taken % FROM_BACK, taken / FROM_BACK);
+        let pieces = self.pieces.load(Ordering::Relaxed);
+        let place = match from {
+            _ if front + back >= pieces => return None,
+            FROM_FRONT => front,
+            _ => pieces - 1 - back,
+        };
+        Some(self.first.load(Ordering::Relaxed) + place as usize)
+    }
+}
 
 /// A borrowed closure whose lifetime the caller of `parallel` guards: it does not return while a
 /// worker is inside.
 #[derive(Clone, Copy)]
 struct Job {
     work: *const (dyn Fn(usize) + Sync),
-    pieces: usize,
 }
 
 // SAFETY: the closure is `Sync`, and `parallel` keeps it alive while any worker is inside.
@@ -74,7 +106,7 @@ impl ComputePool {
             epoch: AtomicUsize::new(0),
             job: Mutex::new(None),
             inside: AtomicUsize::new(0),
-            taken: (0..threads).map(|_| Taken::default()).collect(),
+            shares: (0..threads).map(|_| Share::default()).collect(),
             panicked: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             sleepers: AtomicUsize::new(0),
@@ -138,11 +170,24 @@ pub(super) fn pieces_of(panels: usize) -> usize {
 /// # Panics
 /// When a piece does, after the others have ended.
 pub fn parallel(pieces: usize, work: impl Fn(usize) + Sync) {
+    parallel_shares(pieces, |thread, threads| thread * pieces / threads, work);
+}
+
+/// The same where pieces are of different sizes: thread `t` of `n` begins with piece `first(t, n)`,
+/// `first(n, n)` being `pieces`, and goes on to where the next one began.
+///
+/// # Panics
+/// When a piece does, after the others have ended.
+pub(super) fn parallel_shares(
+    pieces: usize,
+    first: impl Fn(usize, usize) -> usize,
+    work: impl Fn(usize) + Sync,
+) {
     // Taken out for the time: a piece that calls `parallel` itself runs that alone.
     let shared = CURRENT.with(|current| current.borrow_mut().take());
     match &shared {
         Some(shared) if shared.threads > 1 && pieces > 1 => {
-            let result = catch_unwind(AssertUnwindSafe(|| shared.share(pieces, &work)));
+            let result = catch_unwind(AssertUnwindSafe(|| shared.share(first, &work)));
             CURRENT.with(|current| *current.borrow_mut() = Some(Arc::clone(shared)));
             if let Err(panic) = result {
                 std::panic::resume_unwind(panic);
@@ -278,7 +323,7 @@ fn look_away(looks: &mut usize) {
 }
 
 impl Shared {
-    fn share(&self, pieces: usize, work: &(dyn Fn(usize) + Sync)) {
+    fn share(&self, first: impl Fn(usize, usize) -> usize, work: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime is erased. The job is taken back, and every worker has left,
         // before this function returns.
         #[allow(unsafe_code)]
@@ -287,11 +332,10 @@ impl Shared {
         };
         let job = Job {
             work: std::ptr::from_ref(work),
-            pieces,
         };
         *self.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
-        for taken in &self.taken {
-            taken.0.store(0, Ordering::Relaxed);
+        for (thread, share) in self.shares.iter().enumerate() {
+            share.hand_out(first(thread, self.threads)..first(thread + 1, self.threads));
         }
         self.epoch.fetch_add(1, Ordering::SeqCst);
         if self.sleepers.load(Ordering::SeqCst) > 0 {
@@ -309,17 +353,15 @@ impl Shared {
         }
     }
 
-    /// First those of this thread's own, which lie side by side, so that it can fetch ahead; then
-    /// what the others have not come to.
+    /// First this thread's own, then what the others have not come to.
     fn take_pieces(&self, job: Job, thread: usize) {
         for owner in (thread..self.threads).chain(0..thread) {
-            let first = |owner: usize| owner * job.pieces / self.threads;
-            loop {
-                let taken = self.taken[owner].0.fetch_add(1, Ordering::Relaxed);
-                let piece = first(owner) + taken;
-                if piece >= first(owner + 1) {
-                    break;
-                }
+            let from = if owner == thread {
+                FROM_FRONT
+            } else {
+                FROM_BACK
+            };
+            while let Some(piece) = self.shares[owner].take(from) {
                 // SAFETY: the job is open or this thread is inside it, so the closure is alive.
                 #[allow(unsafe_code)]
                 let work = unsafe { &*job.work };
@@ -408,6 +450,45 @@ mod tests {
                     assert_eq!(counted(pieces), vec![1; pieces]);
                 }
             });
+        }
+    }
+
+    #[test]
+    fn a_share_goes_to_its_owner_from_the_first_and_to_others_from_the_last() {
+        let share = Share::default();
+        share.hand_out(10..15);
+        let taken = [FROM_FRONT, FROM_BACK, FROM_FRONT, FROM_BACK, FROM_BACK];
+        let taken = taken.map(|from| share.take(from));
+        assert_eq!(taken, [10, 14, 11, 13, 12].map(Some));
+        assert_eq!(
+            [FROM_FRONT, FROM_BACK].map(|from| share.take(from)),
+            [None; 2]
+        );
+        share.hand_out(3..3);
+        assert_eq!(share.take(FROM_BACK), None);
+        share.hand_out(0..1);
+        assert_eq!(share.take(FROM_BACK), Some(0));
+    }
+
+    #[test]
+    fn every_piece_of_uneven_shares_is_done_once() {
+        let pool = ComputePool::new(3).expect("threads");
+        for ends in [[0, 0, 9], [9, 9, 9], [1, 8, 9]] {
+            let counts: Vec<AtomicU64> = (0..9).map(|_| AtomicU64::new(0)).collect();
+            let first = |thread: usize, threads: usize| {
+                assert_eq!(threads, 3);
+                thread.checked_sub(1).map_or(0, |before| ends[before])
+            };
+            pool.install(|| {
+                parallel_shares(9, first, |piece| {
+                    counts[piece].fetch_add(1, Ordering::Relaxed);
+                });
+            });
+            assert!(
+                counts
+                    .iter()
+                    .all(|count| count.load(Ordering::Relaxed) == 1)
+            );
         }
     }
 
