@@ -136,6 +136,7 @@ impl HookPlan {
             stack: Arc::clone(stack),
             rows: rows.collect(),
         });
+        self.sites.reserve(stack.sites().len());
         for index in stack.sites() {
             self.at_mut(index).scored = true;
         }

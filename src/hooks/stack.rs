@@ -86,7 +86,7 @@ impl ProbeStack {
     }
 
     /// The sites that are read, by `Site::index`.
-    pub(super) fn sites(&self) -> impl Iterator<Item = usize> {
+    pub(super) fn sites(&self) -> impl ExactSizeIterator<Item = usize> {
         self.sites.iter().map(|(site, _)| *site)
     }
 

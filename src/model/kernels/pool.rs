@@ -158,11 +158,12 @@ pub fn current_threads() -> usize {
     CURRENT.with(|current| current.borrow().as_ref().map_or(1, |shared| shared.threads))
 }
 
-/// In how many pieces the panels of a product are shared: enough to balance, few enough to hand out
-/// cheaply. A language-model head has so many panels that a piece of it is small all the same, and
-/// evens out what runs beside it.
-pub(super) fn pieces_of(panels: usize) -> usize {
-    (current_threads() * 8).max(panels / 16).min(panels).max(1)
+/// In how many pieces the panels of a product of so many rows are shared: enough to balance, few
+/// enough to hand out cheaply, so that each takes some microseconds. A language-model head has so
+/// many panels that a piece of it is small all the same, and evens out what runs beside it.
+pub(super) fn pieces_of(panels: usize, rows: usize) -> usize {
+    let to_balance = current_threads() * 8 * rows.div_ceil(4);
+    to_balance.max(panels / 16).min(panels).max(1)
 }
 
 /// Calls `work` with each of `0..pieces` once, on the threads of the installed pool, else here.

@@ -232,7 +232,7 @@ impl PackedMatrix {
             panels.chunks(panel_len).enumerate().for_each(fill_panel);
         } else {
             let count = panels.len() / panel_len;
-            let pieces = pieces_of(count);
+            let pieces = pieces_of(count, x.len() / inputs);
             parallel_long(pieces, |piece| {
                 for index in piece * count / pieces..(piece + 1) * count / pieces {
                     fill_panel((index, &panels[index * panel_len..(index + 1) * panel_len]));

@@ -384,7 +384,7 @@ impl QuantMatrix {
         if rows * self.inputs * self.outputs < PARALLEL_WORK {
             (0..panels).for_each(fill_panel);
         } else {
-            let pieces = pieces_of(panels);
+            let pieces = pieces_of(panels, rows);
             parallel_long(pieces, |piece| {
                 (piece * panels / pieces..(piece + 1) * panels / pieces).for_each(fill_panel);
             });
