@@ -46,12 +46,13 @@ fn plan(
     plan
 }
 
-/// One pass's visits to every site after a block, and the scores at its end.
+/// One pass's visits to every site after a block, what follows each of them, and the scores.
 fn pass(plan: &HookPlan, hidden: &Tensor, rows: usize) {
     let mut run = HookRun::new(plan, rows);
     for layer in 0..LAYERS as u16 {
         let visited = run.visit(Site::ResidPost(layer), hidden.clone());
-        black_box(visited.expect("visits"));
+        let visited = visited.expect("visits");
+        black_box(run.beside(|| Ok(visited)).expect("scores"));
     }
     let scores = run.finish().expect("scores");
     for row in 0..rows {

@@ -472,8 +472,17 @@ fn tables(report: &Report) -> String {
         ));
     }
     if let Some(long) = &report.long_prompt {
+        let of_without = long.without_p50_ms.zip(long.during_over_without);
         let during = match (long.during_p99_ms, long.during_over_before) {
-            (Some(p99), Some(over)) => format!("p99 between their tokens {p99:.1} ms ({over:.1}x)"),
+            (Some(p99), Some(over)) => {
+                let without = of_without.map(|(without, over)| {
+                    format!("{over:.1}x the median without it, {without:.1} ms, and ")
+                });
+                format!(
+                    "p99 between their tokens {p99:.1} ms ({}{over:.1}x the median before it)",
+                    without.unwrap_or_default()
+                )
+            }
             _ => "none of them wrote a token meanwhile".to_owned(),
         };
         text.push_str(&format!(

@@ -2,6 +2,7 @@
 //! decode, a repeated prefix, a long prompt among others, memory.
 //! Knows requests and the times of their events; what monitoring adds to one step is in `paired.rs`.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -146,9 +147,12 @@ pub struct LongPrompt {
     pub streams_to_the_end: usize,
     /// Median between two tokens of a stream before it arrives.
     pub before_p50_ms: f64,
+    /// Median between the tokens that were written while it is in prefill, when it does not come.
+    pub without_p50_ms: Option<f64>,
     /// Between two tokens of a stream while it is in prefill.
     pub during_p99_ms: Option<f64>,
     pub during_over_before: Option<f64>,
+    pub during_over_without: Option<f64>,
     /// Its time to first token, with nobody else there and among the streams.
     pub alone_ms: f64,
     pub among_ms: f64,
@@ -293,51 +297,44 @@ impl Benchmark<'_> {
             ..
         } = self.sizes;
         let alone = watch(self.submit(self.long_draft(0)?)?, Instant::now()).await?;
-        let context = self.engine.info().context_length;
-        let most = MOST_BESIDE.min(context.saturating_sub(self.sizes.context_tokens));
-        let origin = Instant::now();
-        let arrivals: Vec<Arrivals> = (0..streams).map(|_| Arrivals::default()).collect();
-        let mut readers = tokio::task::JoinSet::new();
-        for (stream, arrivals) in arrivals.iter().enumerate() {
-            let prompt = self.tokens(stream, self.sizes.context_tokens)?;
-            let events = self.submit(self.draft(prompt, most, stream, streams, Monitor::Off))?;
-            let arrivals = Arc::clone(arrivals);
-            readers.spawn(async move { note(events, origin, &arrivals).await });
-        }
-        while arrivals
-            .iter()
-            .any(|arrivals| times(arrivals).len() < self.sizes.answer_tokens)
-            && !readers.is_empty()
-        {
-            if readers.try_join_next().is_some() {
-                // A stream that ends early says enough.
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        let arrived = origin.elapsed();
+        let mut writers = self.writers(streams)?;
+        writers.until(&vec![self.sizes.answer_tokens; streams]).await;
+        let arrived = writers.origin.elapsed();
         let among = watch(self.submit(self.long_draft(1)?)?, Instant::now()).await?;
         let first = |timeline: &Timeline| {
             let missing = || Error::internal("the long prompt was answered with nothing");
             timeline.first().ok_or_else(missing)
         };
         let until = arrived + first(&among)?;
-        while readers.try_join_next().is_some() {}
-        let streams_to_the_end = readers.len();
-        readers.abort_all();
+        let (streams_to_the_end, times) = writers.stop();
         let (mut before, mut during) = (Vec::new(), Vec::new());
-        for times in arrivals.iter().map(times) {
-            for pair in times.windows(2) {
-                let gap = milliseconds(pair[1] - pair[0]);
-                match pair[1] {
-                    time if time <= arrived => before.push(gap),
-                    _ if pair[0] < until => during.push(gap),
-                    _ => {}
+        // Of each stream, the gaps while the prompt is in prefill.
+        let mut meanwhile = vec![0..0; streams];
+        for (times, meanwhile) in times.iter().zip(&mut meanwhile) {
+            for (gap, pair) in times.windows(2).enumerate() {
+                if pair[1] <= arrived {
+                    before.push(milliseconds(pair[1] - pair[0]));
+                    *meanwhile = gap + 1..gap + 1;
+                } else if pair[0] < until {
+                    during.push(milliseconds(pair[1] - pair[0]));
+                    meanwhile.end = gap + 1;
                 }
             }
         }
+        // The same answers when nobody comes.
+        let mut writers = self.writers(streams)?;
+        let tokens_of = |gaps: &Range<usize>| gaps.end + 1;
+        let wanted: Vec<usize> = meanwhile.iter().map(tokens_of).collect();
+        writers.until(&wanted).await;
+        let (_, times) = writers.stop();
+        let mut without = Vec::new();
+        for (times, meanwhile) in times.iter().zip(meanwhile) {
+            let gaps = times.windows(2).map(|pair| milliseconds(pair[1] - pair[0]));
+            without.extend(gaps.skip(meanwhile.start).take(meanwhile.len()));
+        }
         during.sort_unstable_by(f64::total_cmp);
         let before_p50_ms = median(&mut before);
+        let without_p50_ms = (!without.is_empty()).then(|| median(&mut without));
         let during_p99_ms = (!during.is_empty()).then(|| percentile(&during, 99.0));
         let (alone_ms, among_ms) = (milliseconds(first(&alone)?), milliseconds(first(&among)?));
         Ok(LongPrompt {
@@ -345,12 +342,36 @@ impl Benchmark<'_> {
             streams,
             streams_to_the_end,
             before_p50_ms,
+            without_p50_ms,
             during_p99_ms,
             during_over_before: during_p99_ms.map(|during| during / before_p50_ms),
+            during_over_without: during_p99_ms
+                .zip(without_p50_ms)
+                .map(|(during, without)| during / without),
             alone_ms,
             among_ms,
             among_over_alone: among_ms / alone_ms,
         })
+    }
+
+    /// Streams that write long answers from now on.
+    fn writers(&self, streams: usize) -> Result<Writers> {
+        let context = self.engine.info().context_length;
+        let most = MOST_BESIDE.min(context.saturating_sub(self.sizes.context_tokens));
+        let mut writers = Writers {
+            origin: Instant::now(),
+            arrivals: Vec::new(),
+            readers: tokio::task::JoinSet::new(),
+        };
+        for stream in 0..streams {
+            let prompt = self.tokens(stream, self.sizes.context_tokens)?;
+            let events = self.submit(self.draft(prompt, most, stream, streams, Monitor::Off))?;
+            let (origin, arrivals) = (writers.origin, Arrivals::default());
+            writers.arrivals.push(Arc::clone(&arrivals));
+            let note = async move { note(events, origin, &arrivals).await };
+            writers.readers.spawn(note);
+        }
+        Ok(writers)
     }
 
     /// Fills the keys and values of many streams; what the process held at most is then known.
@@ -505,6 +526,37 @@ async fn watch(mut events: Events, origin: Instant) -> Result<Timeline> {
         }
     }
     Ok(timeline)
+}
+
+/// Streams whose tokens are noted as they come.
+struct Writers {
+    origin: Instant,
+    arrivals: Vec<Arrivals>,
+    readers: tokio::task::JoinSet<()>,
+}
+
+impl Writers {
+    /// Until each has so many tokens, or one has ended: that says enough.
+    async fn until(&mut self, tokens: &[usize]) {
+        let waits = |arrivals: &[Arrivals]| {
+            let mut streams = arrivals.iter().zip(tokens);
+            streams.any(|(arrivals, tokens)| times(arrivals).len() < *tokens)
+        };
+        while waits(&self.arrivals) && self.readers.try_join_next().is_none() {
+            if self.readers.is_empty() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Cuts them off: how many were still writing, and when the tokens of each came.
+    fn stop(mut self) -> (usize, Vec<Vec<Duration>>) {
+        while self.readers.try_join_next().is_some() {}
+        let writing = self.readers.len();
+        self.readers.abort_all();
+        (writing, self.arrivals.iter().map(times).collect())
+    }
 }
 
 /// When the tokens of a stream came, for another task to read meanwhile.
