@@ -298,7 +298,9 @@ impl Benchmark<'_> {
         } = self.sizes;
         let alone = watch(self.submit(self.long_draft(0)?)?, Instant::now()).await?;
         let mut writers = self.writers(streams)?;
-        writers.until(&vec![self.sizes.answer_tokens; streams]).await;
+        writers
+            .until(&vec![self.sizes.answer_tokens; streams])
+            .await;
         let arrived = writers.origin.elapsed();
         let among = watch(self.submit(self.long_draft(1)?)?, Instant::now()).await?;
         let first = |timeline: &Timeline| {
