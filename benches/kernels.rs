@@ -19,6 +19,15 @@ const SHAPES: [((usize, usize), Rounding); 4] = [
 /// Of the embedding and the head.
 const VOCABULARY: (usize, usize) = (49_152, 576);
 const ROWS: [usize; 4] = [1, 4, 16, 256];
+const ATTENTION: AttentionShape = AttentionShape {
+    heads: 9,
+    kv_heads: 3,
+    head_dim: 64,
+    scale: 0.125,
+    window: None,
+};
+/// Numbers of a row's queries.
+const WIDTH: usize = ATTENTION.heads * ATTENTION.head_dim;
 
 /// Numbers in (-1, 1) that repeat.
 fn numbers(count: usize) -> Vec<f32> {
@@ -90,19 +99,12 @@ fn q4_1(weights: usize) -> Vec<u8> {
 }
 
 fn attention(c: &mut Criterion) {
-    let shape = AttentionShape {
-        heads: 9,
-        kv_heads: 3,
-        head_dim: 64,
-        scale: 0.125,
-        window: None,
-    };
     let mut group = c.benchmark_group("attention");
     for kv_type in [KvType::F32, KvType::Bf16, KvType::Bf16I8] {
         // Streams that decode, then the last rows of one long prompt.
         for (streams, rows, positions) in [(1, 1, 512), (16, 1, 128), (16, 1, 512), (1, 64, 4000)] {
             let per_stream = positions / KV_BLOCK;
-            let kv = filled(kv_type, &shape, streams * per_stream);
+            let kv = filled(kv_type, streams * per_stream);
             let blocks: Vec<u32> = (0..(streams * per_stream) as u32).collect();
             let spans: Vec<SpanRows<'_>> = (0..streams)
                 .map(|stream| SpanRows {
@@ -112,18 +114,10 @@ fn attention(c: &mut Criterion) {
                     blocks: &blocks[stream * per_stream..(stream + 1) * per_stream],
                 })
                 .collect();
-            let q = numbers(streams * rows * shape.heads * shape.head_dim);
+            let q = numbers(streams * rows * WIDTH);
             let name = format!("{kv_type}/{streams}x{rows}x{positions}");
             group.bench_function(name, |b| {
-                b.iter(|| {
-                    attend(
-                        black_box(&q),
-                        shape.heads * shape.head_dim,
-                        &shape,
-                        &kv,
-                        &spans,
-                    )
-                });
+                b.iter(|| attend(black_box(&q), WIDTH, &ATTENTION, &kv, &spans));
             });
         }
     }
@@ -133,13 +127,6 @@ fn attention(c: &mut Criterion) {
 /// Eight streams that decode and a piece of a long prompt on two threads, as in a forward pass: each
 /// call reads another layer.
 fn attention_from_memory(c: &mut Criterion) {
-    let shape = AttentionShape {
-        heads: 9,
-        kv_heads: 3,
-        head_dim: 64,
-        scale: 0.125,
-        window: None,
-    };
     let mut group = c.benchmark_group("attention from memory");
     let pool = ComputePool::new(2).expect("two threads");
     let (streams, context, positions) = (8, 304, 4000);
@@ -147,7 +134,7 @@ fn attention_from_memory(c: &mut Criterion) {
     let blocks: Vec<u32> = (0..(streams * per_stream + positions / KV_BLOCK) as u32).collect();
     let (contexts, prompt) = blocks.split_at(streams * per_stream);
     let layers: Vec<KvLayer> = (0..30)
-        .map(|_| filled(KvType::Bf16, &shape, blocks.len()))
+        .map(|_| filled(KvType::Bf16, blocks.len()))
         .collect();
     for rows in [12, 16, 22, 512] {
         let streams = contexts.chunks(per_stream).enumerate();
@@ -165,16 +152,15 @@ fn attention_from_memory(c: &mut Criterion) {
             start: positions - rows,
             blocks: prompt,
         });
-        let width = shape.heads * shape.head_dim;
-        let q = numbers((spans.len() - 1 + rows) * width);
+        let q = numbers((spans.len() - 1 + rows) * WIDTH);
         // Of the prompt.
-        group.throughput(Throughput::Elements((2 * rows * positions * width) as u64));
+        group.throughput(Throughput::Elements((2 * rows * positions * WIDTH) as u64));
         let mut turns = layers.iter().cycle();
         group.bench_function(format!("bf16/8x1x{context} 1x{rows}x{positions}"), |b| {
             pool.install(|| {
                 b.iter(|| {
                     let layer = turns.next();
-                    layer.map(|layer| attend(black_box(&q), width, &shape, layer, &spans))
+                    layer.map(|layer| attend(black_box(&q), WIDTH, &ATTENTION, layer, &spans))
                 });
             });
         });
@@ -182,15 +168,13 @@ fn attention_from_memory(c: &mut Criterion) {
     group.finish();
 }
 
-fn filled(kv_type: KvType, shape: &AttentionShape, blocks: usize) -> KvLayer {
-    let mut kv = KvLayer::new(kv_type, shape, blocks);
-    let (key, value) = (
-        numbers(shape.kv_heads * shape.head_dim),
-        numbers(shape.kv_heads * shape.head_dim),
-    );
+fn filled(kv_type: KvType, blocks: usize) -> KvLayer {
+    let mut kv = KvLayer::new(kv_type, &ATTENTION, blocks);
+    let width = ATTENTION.kv_heads * ATTENTION.head_dim;
+    let (key, value) = (numbers(width), numbers(width));
     for block in 0..blocks as u32 {
         for slot in 0..KV_BLOCK {
-            kv.write(shape, block, slot, &key, &value);
+            kv.write(&ATTENTION, block, slot, &key, &value);
         }
     }
     kv
