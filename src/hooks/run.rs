@@ -481,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn beside_what_follows_and_at_the_end_rows_are_scored_alike() {
+    fn beside_what_follows_and_at_the_end_and_among_others_rows_are_scored_alike() {
         let rows = 5;
         let states = [0, 1].map(|layer| {
             let value = |i: usize| ((i * 7 + layer * 3) % 23) as f32 * 0.17 - 1.5;
@@ -492,6 +492,11 @@ mod tests {
         let beside = scored(&stack, &states, 1..rows, true);
         assert_eq!(beside, scored(&stack, &states, 1..rows, false));
         assert_eq!(beside.len(), rows - 1);
+        // Nor do neighbours change what a row is given.
+        let few = states
+            .each_ref()
+            .map(|state| state.narrow(0, 1, 3).expect("three rows"));
+        assert_eq!(beside[..2], scored(&stack, &few, 0..2, true));
         // Each probe from its own site, in its own column.
         let row = |layer: usize| states[layer].to_vec2::<f32>().expect("reads")[1].clone();
         for (probe, score) in stack.probes().iter().zip(&beside[0]) {
