@@ -38,7 +38,7 @@ const DEFAULTS: [(&str, &str); 23] = [
     ("max_running", "16"),
     ("max_waiting", "64"),
     ("step_token_budget", "512"),
-    ("prefill_share", "60"),
+    ("prefill_share", "55"),
     ("kv_memory", "auto"),
     ("context_limit", "auto"),
     ("max_tokens_default", "512"),

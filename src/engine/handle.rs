@@ -72,7 +72,7 @@ impl Default for EngineOptions {
             max_running: 32,
             max_waiting: 256,
             step_token_budget: 256,
-            prefill_share: 60,
+            prefill_share: 55,
             kv_bytes: 1 << 30,
             kv_type: KvType::F32,
             threads: 0,
