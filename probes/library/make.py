@@ -154,17 +154,14 @@ def forget_answers_of_another(program, work):
         stamp.write_text(mine)
 
 
-def judges(work, out, inwit, own):
-    """The two probes that judge answers, from labels by hand.
-
-    The half of judge_sample that measures judges stays out, and so does every answer to a prompt of its groups.
-    """
-    prompts = {row["id"]: row for row in own}
+def measuring_answers():
+    """The half of judge_sample that measures judges."""
     sample = read(DATA / "judge_sample.jsonl")
-    measuring = [row for row in sample if hashlib.sha256(row["prompt_id"].encode()).digest()[0] >= 128]
-    measured = {prompts[row["prompt_id"]]["group"] for row in measuring}
-    judged = read(DATA / "judge_fit.jsonl") + sample
-    judged = [row for row in judged if prompts[row["prompt_id"]]["group"] not in measured]
+    return [row for row in sample if hashlib.sha256(row["prompt_id"].encode()).digest()[0] >= 128]
+
+
+def judged_rows(prompts, judged):
+    """Answers with their prompts and what answer_complies, and answer_incoherent, are to say of them."""
     complies, incoherent = [], []
     for row in judged:
         prompt = prompts[row["prompt_id"]]
@@ -172,6 +169,19 @@ def judges(work, out, inwit, own):
         if row["label"] != "incoherent":
             complies.append({**kept, "label": row["label"]})
         incoherent.append({**kept, "label": "incoherent" if row["label"] == "incoherent" else "coherent"})
+    return complies, incoherent
+
+
+def judges(work, out, inwit, own):
+    """The two probes that judge answers, from labels by hand.
+
+    The half of judge_sample that measures judges stays out, and so does every answer to a prompt of its groups.
+    """
+    prompts = {row["id"]: row for row in own}
+    measured = {prompts[row["prompt_id"]]["group"] for row in measuring_answers()}
+    judged = read(DATA / "judge_fit.jsonl") + read(DATA / "judge_sample.jsonl")
+    judged = [row for row in judged if prompts[row["prompt_id"]]["group"] not in measured]
+    complies, incoherent = judged_rows(prompts, judged)
     (work / "judges/probes").mkdir(parents=True, exist_ok=True)
     for name, rows, weight in (("answer_complies", complies, "balanced"), ("answer_incoherent", incoherent, "none")):
         write(work / f"{name}.jsonl", rows)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 # Nothing but the library belongs into this folder.
 sys.dont_write_bytecode = True
-from make import DATA, FIT, HERE, PAIR, RESPONSE_FIT, read, write  # noqa: E402
+from make import DATA, FIT, HERE, PAIR, PROMPTS, RESPONSE_FIT, judged_rows, measuring_answers, read, write  # noqa: E402
 
 ROOT = HERE.parent.parent
 REPORTS = ROOT / "docs/reports"
@@ -35,7 +35,7 @@ SWEPT = ",".join(f"blocks.{layer}.hook_resid_post" for layer in range(2, 30, 4))
 SWEPT_ROWS, SWEPT_ANSWERS = 4_000, 1_200
 TRAFFIC_TEST = "test_benign_traffic"
 TRAFFIC_DEV = "dev_benign_traffic dev_benign_traffic_more dev_benign_backend".split()
-PARTS = ("sweep", "curve", "prompt_harm", "answers", "effects", "policy", "traffic")
+PARTS = ("sweep", "curve", "prompt_harm", "answers", "judges", "effects", "policy", "traffic")
 
 
 def main():
@@ -108,6 +108,15 @@ def main():
             report("probe", name, "--data", data, "--train", fitted, "--seeds", 3,
                    "--sweep-json", out / f"sweep_{name}/sweep.json")
 
+    def judges():
+        """The two probes that judge answers, on answers that they did not learn from; no page, only figures."""
+        asked = {row["id"]: row for name in PROMPTS for row in read(DATA / f"{name}.jsonl")}
+        held_out = judged_rows(asked, measuring_answers())
+        for name, rows in zip(("answer_complies", "answer_incoherent"), held_out):
+            data = out / f"held_out_{name}.jsonl"
+            write(data, rows)
+            inwit("eval", "probe", name, "--data", data, "--json", out / f"{name}.json")
+
     def effects():
         """The refusal head and the refusal vector, through the policies that use them."""
         for name in ("safeswitch", "steer"):
@@ -122,7 +131,7 @@ def main():
         sets = [tests / f"{TRAFFIC_TEST}.jsonl"] if tests else [DATA / f"{name}.jsonl" for name in TRAFFIC_DEV]
         report("policy", "default", "--data", *sets, "--seeds", 0, "--max-tokens", 48, *log, file="policy_traffic")
 
-    parts = dict(zip(PARTS, (sweep, curve, prompt_harm, answers, effects, policy, traffic)))
+    parts = dict(zip(PARTS, (sweep, curve, prompt_harm, answers, judges, effects, policy, traffic)))
     for part in arguments.parts:
         parts[part]()
 
